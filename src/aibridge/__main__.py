@@ -1,0 +1,5 @@
+"""``python -m aibridge``."""
+
+from aibridge.cli import main
+
+main()

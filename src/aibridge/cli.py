@@ -1,0 +1,73 @@
+"""The command line: ``aibridge serve``, ``check`` and ``demo``."""
+
+import asyncio
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from aibridge import __version__
+from aibridge.config import ConfigurationError, Settings, load
+
+_config = click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Configuration file. Without it, aibridge.toml in this folder where there is one.",
+)
+
+
+def _load(config: Path | None, **server: Any) -> Settings:
+    try:
+        return load(config, server={key: value for key, value in server.items() if value is not None})
+    except ConfigurationError as error:
+        raise click.ClickException(f"the configuration cannot be used:\n{error}") from None
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """A gateway between AI clients and AI providers that relays faithfully and keeps an honest ledger."""
+
+
+@main.command()
+@_config
+@click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
+@click.option("--port", type=int, help="Port to listen on.  [default: 8080]")
+def serve(config: Path | None, host: str | None, port: int | None) -> None:
+    """Run the gateway."""
+    settings = _load(config, host=host, port=port)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    from aibridge.server import serve as run  # noqa: PLC0415  the other commands do not need a server
+
+    run(settings)
+
+
+@main.command()
+@_config
+@click.option("--timeout", type=float, default=10.0, show_default=True, help="Seconds to wait for each provider.")
+def check(config: Path | None, timeout: float) -> None:
+    """Print the effective configuration, and see whether each provider answers."""
+    settings = _load(config)
+    from aibridge.check import describe, probe  # noqa: PLC0415
+
+    click.echo(describe(settings))
+    problems = 0
+    for provider, answer in asyncio.run(probe(settings, timeout)):
+        problems += not answer.ok
+        click.echo(f"{'ok  ' if answer.ok else 'FAIL'} {provider.name}: {answer.text}")
+    sys.exit(1 if problems else 0)
+
+
+@main.command()
+@click.option(
+    "--database", type=click.Path(path_type=Path, dir_okay=False), help="Keep the ledger in this file.  [default: none]"
+)
+def demo(database: Path | None) -> None:
+    """Play a short conversation through the gateway, with a scripted provider, and print the ledger. Needs no keys."""
+    from aibridge.demo import play  # noqa: PLC0415
+
+    for line in asyncio.run(play(database)):
+        click.echo(line)

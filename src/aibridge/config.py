@@ -1,0 +1,316 @@
+"""The configuration: one frozen tree from ``aibridge.toml`` and the environment, checked before anything starts.
+
+In order of precedence: command line, ``AIBRIDGE_*`` variables (``__`` between levels), the file, for the providers
+`anthropic` and `openai` the vendors' own variables (``ANTHROPIC_API_KEY``, ...), defaults.
+"""
+
+import ipaddress
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Self
+from urllib.parse import urlsplit
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from aibridge.bridge import MAX_BODY_BYTES, MAX_HEADER_BYTES
+from aibridge.errors import ProviderKind
+from aibridge.ledger import WhenUnrecordable
+from aibridge.providers import OnDisconnect, Provider
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+DEFAULT_FILE: Final = Path("aibridge.toml")
+_SQLITE: Final = "sqlite:///"
+
+# What the vendors' SDKs read, so that a shell that is set up for them is set up for us.
+_VENDOR_VARIABLES: Final = {
+    "anthropic": ("ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL", "https://api.anthropic.com"),
+    "openai": ("OPENAI_API_KEY", "OPENAI_BASE_URL", "https://api.openai.com/v1"),
+}
+
+
+class ConfigurationError(Exception):
+    """The configuration cannot be used. The message names each key that is wrong and what would be valid."""
+
+
+def _resolve_secret(value: object) -> object:
+    """A secret may be given as it is, or as ``{ env = "VARIABLE" }`` or ``{ file = "PATH" }``."""
+    if not isinstance(value, Mapping):
+        return value
+    match dict(value):
+        case {"env": str(name), **rest} if not rest:
+            if not os.environ.get(name):
+                raise ValueError(f"the environment variable {name} is not set")
+            return os.environ[name]
+        case {"file": str(name), **rest} if not rest:
+            try:
+                return Path(name).read_text().strip()
+            except (OSError, UnicodeError) as error:
+                raise ValueError(f"the file {name} cannot be read ({type(error).__name__})") from None
+    raise ValueError('a secret is a string, { env = "VARIABLE" } or { file = "PATH" }')
+
+
+Secret = Annotated[SecretStr, BeforeValidator(_resolve_secret), Field(min_length=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ServerSettings(_Section):
+    """``[server]``"""
+
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    port: int = Field(default=8080, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    allowed_hosts: tuple[str, ...] = Field(
+        default=(), description="names under which a server on loopback may be addressed, beside localhost and its address"
+    )
+    shutdown_grace: float = Field(
+        default=30.0, ge=0, description="seconds that responses under way get to end after SIGTERM"
+    )
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+class DatabaseSettings(_Section):
+    """``[database]``"""
+
+    url: str = Field(default="sqlite:///aibridge.db", description="sqlite:///relative.db or sqlite:////absolute.db")
+    when_unavailable: WhenUnrecordable = Field(
+        default="refuse",
+        description="what to do when neither database nor spool take records: refuse requests, or continue and count",
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _only_sqlite(cls, url: str) -> str:
+        if not url.startswith(_SQLITE) or url == _SQLITE:
+            raise ValueError("only sqlite:///PATH is supported")
+        return url
+
+    @property
+    def path(self) -> Path:
+        """The database file."""
+        return Path(self.url.removeprefix(_SQLITE))
+
+
+class ProviderSettings(_Section):
+    """``[providers.NAME]``"""
+
+    kind: ProviderKind = Field(description="the protocol that the server speaks")
+    base_url: str = Field(description="as a client would set it; of kind openai it includes /v1")
+    api_key: Secret | None = Field(default=None, description="sent instead of the client's own credential")
+    on_disconnect: OnDisconnect = Field(
+        default="cancel", description="when the client goes: stop the provider, or read on for exact usage"
+    )
+    drain_seconds: float = Field(default=300.0, gt=0, description="how long to read on for after the client has gone")
+    ask_for_usage: bool = Field(default=True, description="add stream_options.include_usage to streamed Chat requests")
+    ca_file: Path | None = Field(default=None, description="PEM file with certificates to trust beside the system's")
+    enabled: bool = Field(default=True, description="false takes the provider away")
+
+    @field_validator("ca_file")
+    @classmethod
+    def _is_a_file(cls, path: Path | None) -> Path | None:
+        if path is not None and not path.is_file():
+            raise ValueError(f"there is no file {path}")
+        return path
+
+
+class IdentitySettings(_Section):
+    """``[identity]``"""
+
+    header: str | None = Field(
+        default=None, pattern=r"^[A-Za-z0-9-]+$", description="request header in which a trusted proxy names the user"
+    )
+    trusted_proxies: tuple[str, ...] = Field(
+        default=(), description="networks (CIDR) from which that header is believed; loopback where none are given"
+    )
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _are_networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
+        for network in networks:
+            try:
+                ipaddress.ip_network(network)
+            except ValueError:
+                raise ValueError(f"{network!r} is not a network such as 10.0.0.0/8 or 192.168.1.7/32") from None
+        return networks
+
+
+class LimitSettings(_Section):
+    """``[limits]``"""
+
+    max_body_bytes: int = Field(default=MAX_BODY_BYTES, gt=0, description="largest request body")
+    max_header_bytes: int = Field(default=MAX_HEADER_BYTES, gt=0, description="largest request head")
+
+
+class UpstreamSettings(_Section):
+    """``[upstream]``"""
+
+    connect_timeout: float = Field(default=10.0, gt=0, description="seconds to connect to a provider")
+    idle_timeout: float = Field(default=600.0, gt=0, description="seconds without a byte after which a provider is given up")
+
+
+class Settings(BaseSettings):
+    """The whole tree."""
+
+    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(
+        env_prefix="AIBRIDGE_", env_nested_delimiter="__", frozen=True, extra="forbid", case_sensitive=False
+    )
+
+    server: ServerSettings = ServerSettings()
+    database: DatabaseSettings = DatabaseSettings()
+    identity: IdentitySettings = IdentitySettings()
+    limits: LimitSettings = LimitSettings()
+    upstream: UpstreamSettings = UpstreamSettings()
+    providers: dict[str, ProviderSettings] = Field(default_factory=dict, validate_default=True)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003  the signature is pydantic's
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Where values come from, the strongest first."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    @field_validator("providers", mode="before")
+    @classmethod
+    def _with_vendors(cls, given: object) -> object:
+        """The two providers that are there without being configured, and what they are where nothing else is said.
+
+        A key from the vendor's own variable goes only where the vendor's own variable, or nobody, says: not to the server
+        of a `base_url` in our configuration.
+        """
+        if not isinstance(given, Mapping):
+            return given
+        providers = {name: dict(value) if isinstance(value, Mapping) else value for name, value in given.items()}
+        for name, (key_variable, url_variable, default_url) in _VENDOR_VARIABLES.items():
+            provider = providers.setdefault(name, {})
+            if not isinstance(provider, dict):
+                continue
+            provider.setdefault("kind", name)
+            if "base_url" not in provider:
+                provider["base_url"] = os.environ.get(url_variable) or default_url
+                if key := os.environ.get(key_variable):
+                    provider.setdefault("api_key", key)
+        return providers
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        for provider in self.enabled_providers():
+            parts = urlsplit(provider.base_url)
+            if self.server.on_loopback and parts.hostname in _LOOPBACK_NAMES and parts.port == self.server.port:
+                raise ValueError(
+                    f"providers.{provider.name}.base_url points at this gateway itself ({provider.base_url});"
+                    f" is {_VENDOR_VARIABLES.get(provider.name, ('', 'base_url'))[1]} set for clients in this shell?"
+                )
+        if not self.server.on_loopback and self.identity.header is None:
+            raise ValueError(
+                f"server.host {self.server.host!r} can be reached by others, so requests must be authenticated: set"
+                " identity.header and identity.trusted_proxies, or bind to 127.0.0.1"
+            )
+        if not self.server.on_loopback and not self.identity.trusted_proxies:
+            raise ValueError(
+                "identity.trusted_proxies must name the networks of the proxies that may set identity.header, such as"
+                f' ["10.0.0.0/8"], because server.host {self.server.host!r} can be reached by others'
+            )
+        return self
+
+    def enabled_providers(self) -> list[Provider]:
+        """The providers that are served. Raises ValueError for a name or URL that cannot be."""
+        return [
+            Provider(
+                name=name,
+                kind=given.kind,
+                base_url=given.base_url,
+                api_key=given.api_key.get_secret_value() if given.api_key else None,
+                on_disconnect=given.on_disconnect,
+                drain_seconds=given.drain_seconds,
+                ask_for_usage=given.ask_for_usage,
+                ca_file=str(given.ca_file) if given.ca_file else None,
+            )
+            for name, given in self.providers.items()
+            if given.enabled
+        ]
+
+
+_LOOPBACK_NAMES: Final = frozenset({"127.0.0.1", "localhost", "::1"})
+
+
+def load(file: Path | None = None, **overrides: Mapping[str, Any]) -> Settings:
+    """Read and check the configuration: `file`, or ``aibridge.toml`` where there is one.
+
+    `overrides` are sections with values that are stronger than all others, as ``server={"port": 9000}``. Raises
+    `ConfigurationError`.
+    """
+    if file is not None and not file.is_file():
+        raise ConfigurationError(f"there is no configuration file {file}")
+    path = file or DEFAULT_FILE
+
+    class Loaded(Settings):
+        model_config = SettingsConfigDict(**{**Settings.model_config, "toml_file": path})
+
+    try:
+        return Loaded(**overrides)  # type: ignore[arg-type]  # sections, by name
+    except ValidationError as error:
+        raise ConfigurationError("\n".join(map(_explain, error.errors()))) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"{path} is not TOML: {error}") from None
+    except SettingsError as error:
+        raise ConfigurationError(str(error.__cause__ or error)) from None
+
+
+def _explain(error: "ErrorDetails") -> str:
+    """One line for one error: the key, what is wrong, what would be valid. Values are not quoted, they may be secret."""
+    key = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        valid = ", ".join(sorted(_keys_beside(error["loc"])))
+        return f"{key}: there is no such setting; valid here: {valid}"
+    if error["type"] == "missing":
+        return f"{key}: is required"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message.replace("Input should be", "must be")
+    return f"{key}: {message}" if key else message
+
+
+def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = Settings
+    for part in location[:-1]:
+        if model is Settings and part == "providers":
+            model = ProviderSettings
+        elif part in model.model_fields:
+            annotation = model.model_fields[str(part)].annotation
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                model = annotation
+    return list(model.model_fields)

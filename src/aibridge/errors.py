@@ -1,0 +1,123 @@
+"""What goes wrong, and how each kind of provider says so.
+
+Every refusal of the bridge's own has the provider's error shape, because clients act on it (wire.md A10, B2). Errors of
+the provider itself never pass through here: they are relayed as they came.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar, Final, Literal
+
+import msgspec
+
+ProviderKind = Literal["anthropic", "openai"]
+
+
+class BridgeError(Exception):
+    """The bridge cannot or will not do what was asked. `status` is the HTTP status that says so."""
+
+    status: ClassVar[int] = 500
+
+    def __init__(self, message: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.headers = tuple(headers)
+
+
+class BadRequest(BridgeError):
+    """The request is not one that a provider could understand."""
+
+    status = 400
+
+
+class NotAuthenticated(BridgeError):
+    """Nobody is known to be behind the request, or the credential for the bridge is invalid."""
+
+    status = 401
+
+
+class Forbidden(BridgeError):
+    """The request comes from where requests must not come from, such as a foreign web page."""
+
+    status = 403
+
+
+class UnknownRoute(BridgeError):
+    """No provider route is known at that path: nothing is forwarded that was not allow-listed."""
+
+    status = 404
+
+
+class BodyTooLarge(BridgeError):
+    """The request body is over the configured limit."""
+
+    status = 413
+
+
+class UpgradeRefused(BridgeError):
+    """A WebSocket upgrade. 426 makes Codex and Copilot fall back to HTTP at once (clients.md 4)."""
+
+    status = 426
+
+
+class HeadersTooLarge(BridgeError):
+    """The request head is over the configured limit."""
+
+    status = 431
+
+
+class RecordingFailed(BridgeError):
+    """The ledger cannot be written, so the request is not served (fail closed)."""
+
+    status = 503
+
+
+class UpstreamError(BridgeError):
+    """The provider could not be reached, or its response broke off."""
+
+    status = 502
+
+
+class UpstreamTimeout(UpstreamError):
+    """The provider took longer than configured to accept the connection or to send the next byte."""
+
+    status = 504
+
+
+class ClientDisconnected(Exception):
+    """The client is gone: an event of the conversation, not an error."""
+
+
+class Interrupted(Exception):
+    """The process is shutting down and its grace period is over: an event, not an error."""
+
+
+# wire.md A10: status and type go together.
+_ANTHROPIC_TYPES: Final = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+_OPENAI_TYPES: Final = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_CLIENT_ERRORS: Final = range(400, 500)
+
+
+def error_type(kind: ProviderKind, status: int) -> str:
+    """The provider's word for an HTTP status."""
+    if kind == "anthropic":
+        fallback = "invalid_request_error" if status in _CLIENT_ERRORS else "api_error"
+        return _ANTHROPIC_TYPES.get(status, fallback)
+    fallback = "invalid_request_error" if status in _CLIENT_ERRORS else "server_error"
+    return _OPENAI_TYPES.get(status, fallback)
+
+
+def error_body(kind: ProviderKind, status: int, message: str) -> bytes:
+    """An error as a JSON body in the provider's shape."""
+    error: dict[str, str | None] = {"type": error_type(kind, status), "message": message}
+    if kind == "anthropic":
+        return msgspec.json.encode({"type": "error", "error": error})
+    return msgspec.json.encode({"error": error | {"param": None, "code": None}})

@@ -1,0 +1,137 @@
+"""Prometheus metrics, as one of the bridge's observers. Names and labels are a contract (docs/metrics.md).
+
+Whatever clients choose freely (model and tool names, client names) is bounded: beyond a number of distinct values, or a
+length, a label becomes ``other``. Otherwise one client could fill the memory of the bridge and of Prometheus.
+"""
+
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from aibridge.ledger import Event, PassedThrough, RecordLost
+from aibridge.records import Interception, InterceptionEnded, PromptUsage, TokenUsage, ToolUsage
+
+MAX_LABEL_VALUES: Final = 200
+_MAX_LABEL_LENGTH: Final = 128
+_OTHER: Final = "other"
+_METHOD: Final = "POST"  # of every intercepted route
+
+# Model turns take from a tenth of a second to tens of minutes.
+_DURATIONS: Final = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
+
+
+class _Bounded:
+    """Lets the first values of a label through."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._known: set[str] = set()
+
+    def __call__(self, value: str | None) -> str:
+        value = value or ""
+        if value not in self._known:
+            if len(self._known) >= self._limit or len(value) > _MAX_LABEL_LENGTH:
+                return _OTHER
+            self._known.add(value)
+        return value
+
+
+class Metrics:
+    """Counts what happens. Give it to a `RequestBridge` as an observer.
+
+    `namespace` is put before each name, with an underscore; the server uses ``aibridge``. `max_label_values` bounds the
+    distinct values of each label that clients influence.
+    """
+
+    def __init__(
+        self, registry: CollectorRegistry, *, namespace: str = "", max_label_values: int = MAX_LABEL_VALUES
+    ) -> None:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, namespace=namespace, registry=registry)
+
+        self._interceptions = counter(
+            "interceptions_total",
+            "Intercepted requests that have ended.",
+            "provider",
+            "model",
+            "status",
+            "route",
+            "method",
+            "initiator_id",
+            "client",
+        )
+        self._inflight = Gauge(
+            "interceptions_inflight",
+            "Intercepted requests under way.",
+            ("provider", "model", "route"),
+            namespace=namespace,
+            registry=registry,
+        )
+        self._duration = Histogram(
+            "interceptions_duration_seconds",
+            "Time from the start of an interception to its end.",
+            ("provider", "model"),
+            namespace=namespace,
+            registry=registry,
+            buckets=_DURATIONS,
+        )
+        self._tokens = counter(
+            "tokens_total", "Tokens that providers reported.", "provider", "model", "type", "initiator_id", "client"
+        )
+        self._prompts = counter("prompts_total", "Prompts of users.", "provider", "model", "initiator_id", "client")
+        self._tool_selections = counter(
+            "non_injected_tool_selections_total",
+            "Calls that models made of tools that the bridge did not inject.",
+            "provider",
+            "model",
+            "name",
+        )
+        self._passthrough = counter("passthrough_total", "Requests on passthrough routes.", "provider", "route", "method")
+        self._lost = counter("records_lost_total", "Records that neither database nor spool could keep.", "kind")
+        self._model = _Bounded(max_label_values)
+        self._initiator = _Bounded(max_label_values)
+        self._client = _Bounded(max_label_values)
+        self._tool = _Bounded(max_label_values)
+        self._open: dict[str, Interception] = {}
+
+    def __call__(self, event: Event) -> None:
+        """Count an event."""
+        match event:
+            case Interception():
+                self._open[event.id] = event
+                self._inflight.labels(event.provider_name, self._model(event.model), event.route).inc()
+            case InterceptionEnded():
+                self._end(event)
+            case TokenUsage():
+                self._count_tokens(event)
+            case PromptUsage():
+                about = self._open[event.interception_id]
+                self._prompts.labels(about.provider_name, self._model(about.model), *self._who(about)).inc()
+            case ToolUsage():
+                about = self._open[event.interception_id]
+                self._tool_selections.labels(about.provider_name, self._model(about.model), self._tool(event.tool)).inc()
+            case PassedThrough():
+                self._passthrough.labels(event.provider_name, event.route, event.method).inc()
+            case RecordLost():
+                self._lost.labels(event.kind).inc()
+
+    def _end(self, event: InterceptionEnded) -> None:
+        about = self._open.pop(event.interception_id)
+        model = self._model(about.model)
+        self._inflight.labels(about.provider_name, model, about.route).dec()
+        self._duration.labels(about.provider_name, model).observe((event.ended_at - about.started_at).total_seconds())
+        self._interceptions.labels(about.provider_name, model, event.status, about.route, _METHOD, *self._who(about)).inc()
+
+    def _count_tokens(self, usage: TokenUsage) -> None:
+        about = self._open[usage.interception_id]
+        for kind, count in (
+            ("input", usage.input_tokens),
+            ("output", usage.output_tokens),
+            ("cache_read", usage.cache_read_input_tokens),
+            ("cache_write", usage.cache_write_input_tokens),
+        ):
+            if count:
+                self._tokens.labels(about.provider_name, self._model(about.model), kind, *self._who(about)).inc(count)
+
+    def _who(self, about: Interception) -> tuple[str, str]:
+        return self._initiator(about.initiator_id), self._client(about.client)

@@ -1,0 +1,221 @@
+"""HTTP to the providers, behind a small port.
+
+`Upstream` is all that the rest of the bridge knows of it: send a request, read the response as it comes, give up at any
+time. Whatever implements it passes the conformance tests in ``tests/test_upstream.py``. Foreign exceptions end here:
+callers see `UpstreamError` and `UpstreamTimeout` only.
+"""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final, Protocol
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import aiohttp
+from multidict import CIMultiDict
+from yarl import URL
+
+from aibridge.errors import UpstreamError, UpstreamTimeout
+from aibridge.wire.base import Headers
+from aibridge.wire.observer import ResponseHead
+
+Body = bytes | AsyncIterator[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamRequest:
+    """A request to a provider. `headers` are sent as they are, without Host and, for a body of bytes, Content-Length.
+
+    A streamed `body` is sent with the Content-Length among the headers, or chunked where there is none.
+    """
+
+    method: str
+    url: str
+    headers: Headers
+    body: Body = b""
+    ca_file: str | None = None
+
+
+class UpstreamResponse(Protocol):
+    """A response under way."""
+
+    head: ResponseHead
+
+    async def read(self) -> bytes:
+        """The next bytes of the body as soon as there are any, undecoded; ``b""`` at its end. Safe to cancel.
+
+        Raises `UpstreamError` when the body breaks off, `UpstreamTimeout` when nothing came for too long.
+        """
+
+    def close(self) -> None:
+        """Let go of the response. Before its end this drops the connection, so that the provider stops working."""
+
+
+class Upstream(Protocol):
+    """Sends requests. Safe for concurrent use from one event loop."""
+
+    async def send(self, request: UpstreamRequest) -> UpstreamResponse:
+        """Send a request and wait for the response's head.
+
+        Raises `UpstreamError` when there is none, `UpstreamTimeout` when it takes too long. Never retries, never follows
+        a redirect.
+        """
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+
+
+# One write of this size is cheap; a larger body is sent in slices, so that other streams get their turn.
+_SLICE: Final = 256 * 1024
+_MAX_HEAD_BYTES: Final = 128 * 1024
+_READ_BUFFER: Final = 64 * 1024
+# aiohttp adds these where they are missing. What the client did not send, the provider does not get.
+_AUTOMATIC: Final = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
+
+
+class AiohttpUpstream:
+    """Pooled keep-alive connections with aiohttp.
+
+    Proxies are taken from HTTP_PROXY, HTTPS_PROXY and NO_PROXY, trusted certificates from the system (or SSL_CERT_FILE)
+    and the request's `ca_file`. `connect_timeout` and `idle_timeout` are in seconds; there is no limit on the whole.
+    """
+
+    def __init__(self, *, connect_timeout: float = 10.0, idle_timeout: float = 600.0) -> None:
+        self._timeout = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=connect_timeout, sock_read=idle_timeout)
+        self._session: aiohttp.ClientSession | None = None
+        self._tls: dict[str | None, ssl.SSLContext] = {}
+        self._proxies = getproxies()
+
+    async def send(self, request: UpstreamRequest) -> UpstreamResponse:
+        """Send a request and wait for the response's head."""
+        body = request.body
+        fields = [(_text(name), _text(value)) for name, value in request.headers]
+        if isinstance(body, bytes) and len(body) > _SLICE:
+            fields.append(("content-length", str(len(body))))
+            body = _slices(body)
+        try:
+            response = await self._open_session().request(
+                request.method,
+                URL(request.url, encoded=True),
+                data=body or None,
+                headers=CIMultiDict(fields),
+                skip_auto_headers=_AUTOMATIC,
+                allow_redirects=False,
+                proxy=self._proxy(request.url),
+                ssl=self._tls_context(request.ca_file) if request.url.startswith("https:") else True,
+            )
+        except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
+            raise _translated(error, "The provider could not be reached") from error
+        return _AiohttpResponse(response)
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        if self._session is not None:
+            session, self._session = self._session, None
+            await session.close()
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        """The session, made on first use: it belongs to the event loop that runs by then."""
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=60),
+                cookie_jar=aiohttp.DummyCookieJar(),  # one user's cookies are not another's
+                timeout=self._timeout,
+                auto_decompress=False,
+                read_bufsize=_READ_BUFFER,
+                max_line_size=_MAX_HEAD_BYTES,
+                max_field_size=_MAX_HEAD_BYTES,
+            )
+        return self._session
+
+    def _tls_context(self, ca_file: str | None) -> ssl.SSLContext:
+        if ca_file not in self._tls:
+            context = ssl.create_default_context()
+            if ca_file is not None:
+                context.load_verify_locations(ca_file)
+            self._tls[ca_file] = context
+        return self._tls[ca_file]
+
+    def _proxy(self, url: str) -> str | None:
+        """The proxy for a URL. aiohttp could read the environment too, but would send credentials from ~/.netrc as well."""
+        if not self._proxies:
+            return None
+        parts = urlsplit(url)
+        return None if proxy_bypass(parts.netloc) else self._proxies.get(parts.scheme)
+
+
+class _AiohttpResponse:
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._response = response
+        headers = [(name.lower(), value) for name, value in response.raw_headers]
+        self.head = ResponseHead(response.status, headers)
+
+    async def read(self) -> bytes:
+        try:
+            return await self._response.content.readany()
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            raise _translated(error, "The provider's response broke off") from error
+
+    def close(self) -> None:
+        self._response.close()
+
+
+def _translated(error: Exception, what: str) -> UpstreamError:
+    if isinstance(error, TimeoutError):
+        return UpstreamTimeout(f"{what}: no answer in time.")
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+    return UpstreamError(f"{what}: {reason}.")
+
+
+def _text(value: bytes) -> str:
+    """A header as text that aiohttp will write as the same bytes, which it encodes as UTF-8."""
+    with suppress(UnicodeDecodeError):
+        return value.decode()
+    return value.decode("latin-1")
+
+
+async def _slices(body: bytes) -> AsyncIterator[bytes]:
+    view = memoryview(body)
+    for start in range(0, len(view), _SLICE):
+        yield bytes(view[start : start + _SLICE])
+
+
+class MemoryResponse:
+    """A response from memory: its head and the pieces of its body, one for each read. An exception among them is raised."""
+
+    def __init__(self, head: ResponseHead, pieces: Iterable[bytes | UpstreamError] = ()) -> None:
+        self.head = head
+        self.closed = False
+        self._pieces = iter(pieces)
+
+    async def read(self) -> bytes:
+        """The next piece."""
+        await asyncio.sleep(0)
+        piece = next(self._pieces, b"")
+        if isinstance(piece, UpstreamError):
+            raise piece
+        return piece
+
+    def close(self) -> None:
+        """Remember that the response was let go of."""
+        self.closed = True
+
+
+class MemoryUpstream:
+    """Providers without a network: a function answers each request. Keeps the requests that it was sent."""
+
+    def __init__(self, answer: Callable[[UpstreamRequest], UpstreamResponse]) -> None:
+        self._answer = answer
+        self.requests: list[UpstreamRequest] = []
+
+    async def send(self, request: UpstreamRequest) -> UpstreamResponse:
+        """The function's answer; what it raises is raised."""
+        self.requests.append(request)
+        await asyncio.sleep(0)
+        return self._answer(request)
+
+    async def aclose(self) -> None:
+        """There is nothing to close."""

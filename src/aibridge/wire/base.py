@@ -1,0 +1,179 @@
+"""What the three wire formats have in common: facts out, bytes untouched.
+
+There is no universal message type. A format knows how to read its own requests and responses and answers with *facts*;
+everything above works with those and with opaque bytes.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+from aibridge.errors import BadRequest, ProviderKind
+from aibridge.wire.coding import CodingError, decode
+from aibridge.wire.reading import Members, Unreadable, is_object, parse_object
+
+Headers = Sequence[tuple[bytes, bytes]]
+"""Header fields in the order they came; names in lower case, values as sent."""
+
+Completeness = Literal["complete", "partial", "unknown"]
+"""Of a usage: `complete`, the provider's final figures; `partial`, the response broke off and these are the figures until
+then; `unknown`, the response ended and the provider reported none."""
+
+ThoughtSource = Literal["thinking", "reasoning", "reasoning_summary", "commentary"]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one upstream response. A counter that was never reported is None, which is not 0.
+
+    `input_tokens` excludes what was read from or written to a prompt cache, for every provider. `raw` is the JSON text of
+    the provider's usage object.
+    """
+
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cache_read_input_tokens: int | None = None
+    cache_write_input_tokens: int | None = None
+    raw: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that the model made. `input` is the raw text of its arguments, which need not be valid JSON."""
+
+    id: str | None
+    name: str
+    input: str | None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """Something the model thought aloud."""
+
+    source: ThoughtSource
+    content: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFacts:
+    """What a request body says. `prompt` is None where the request only continues a turn with tool results."""
+
+    model: str | None = None
+    stream: bool = False
+    prompt: str | None = None
+    correlating_tool_call_id: str | None = None
+    session_id: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseFacts:
+    """What one upstream response said. `error` is the provider's own words, where it reported an error."""
+
+    response_id: str | None = None
+    model: str | None = None
+    usage: Usage | None = None
+    completeness: Completeness = "unknown"
+    tool_calls: tuple[ToolCall, ...] = ()
+    thoughts: tuple[Thought, ...] = ()
+    stop_reason: str | None = None
+    error: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request, immutable. `body` is what goes to the provider: the client's own bytes unless an edit was spliced in."""
+
+    format: "WireFormat"
+    body: bytes
+    facts: RequestFacts
+    coding: str = ""
+    """Content coding of `body`. A compressed body is forwarded as sent and never edited."""
+    hides_usage: bool = False
+    """The bridge asked for a usage chunk that the client did not ask for, and takes it out of the response."""
+
+
+class ResponseReader(ABC):
+    """Reads one upstream response, event by event or as one body. Not thread-safe, used once.
+
+    Reading may raise `aibridge.wire.reading.Unreadable` for an event or body that is not a JSON object; state stays valid.
+    """
+
+    finished: bool = False
+    """The event that ends the response has been read: a client that has it considers the response complete."""
+
+    @property
+    def ends_at_eof(self) -> bool:
+        """Whether the connection may close here without the response being cut."""
+        return self.finished
+
+    @abstractmethod
+    def read_event(self, data: bytes) -> None:
+        """Take in the data of one server-sent event."""
+
+    @abstractmethod
+    def read_body(self, body: bytes) -> None:
+        """Take in a whole JSON body."""
+
+    @abstractmethod
+    def facts(self) -> ResponseFacts:
+        """What has been read so far. `completeness` speaks for a response that ended; the caller knows if it was cut."""
+
+    @abstractmethod
+    def error_event(self, status: int, message: str) -> bytes:
+        """An in-band error that ends the stream in the way the format's clients understand, as bytes of the stream."""
+
+
+class ResponseFilter(Protocol):
+    """Takes something out of a stream that is there only because the bridge asked for it."""
+
+    def feed(self, chunk: bytes) -> bytes:
+        """What the client may see of the stream so far, in whole frames."""
+
+    def rest(self) -> bytes:
+        """What is left when the stream has ended."""
+
+
+class WireFormat(ABC):
+    """One provider protocol."""
+
+    name: ClassVar[str]
+    kind: ClassVar[ProviderKind]
+
+    def parse(self, body: bytes, coding: str = "") -> Request:
+        """Read a request body, of which `coding` is the content coding.
+
+        Raises `aibridge.errors.BadRequest` when it is not a JSON object, and only then: a body that cannot be decoded or
+        understood is for the provider to judge.
+        """
+        try:
+            plain = decode(coding, body)
+        except CodingError as error:
+            return Request(self, body, RequestFacts(notes=(f"request not read: {error}",)), coding)
+        try:
+            facts = self._facts(parse_object(plain))
+        except Unreadable as error:
+            if not is_object(plain):
+                raise BadRequest("The request body must be a JSON object.") from None
+            facts = RequestFacts(notes=(f"request not read: {error}",))
+        return Request(self, body, facts, coding)
+
+    def asking_for_usage(self, request: Request) -> Request:
+        """The same request, made to report its token usage where the protocol does so only on demand."""
+        return request
+
+    def response_filter(self, request: Request) -> ResponseFilter | None:  # noqa: ARG002  for those that need one
+        """What hides from the client that `asking_for_usage` asked, or None where nothing has to be hidden."""
+        return None
+
+    @abstractmethod
+    def reader(self) -> ResponseReader:
+        """A fresh reader for one upstream response."""
+
+    @abstractmethod
+    def _facts(self, top: Members) -> RequestFacts:
+        """The facts of a request whose top-level members these are."""

@@ -1,0 +1,257 @@
+"""Anthropic Messages: ``POST /v1/messages``. Facts from wire.md A2 to A10 and D1 to D3."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar, Final
+
+import msgspec
+from msgspec import Raw
+
+from aibridge.errors import ProviderKind, error_body
+from aibridge.wire.base import (
+    Completeness,
+    RequestFacts,
+    ResponseFacts,
+    ResponseReader,
+    Thought,
+    ToolCall,
+    Usage,
+    WireFormat,
+)
+from aibridge.wire.reading import Members, boolean, integer, items, members, parse_object, source, text
+
+# Clients before 2026 put the session into `metadata.user_id` as user_<hash>_account_<uuid>_session_<uuid>, Claude Code now
+# sends a JSON object in a string (clients.md 2).
+_LEGACY_SESSION: Final = re.compile(r"_session_([0-9a-fA-F-]{36})$")
+
+# What a later `message_delta` must not wipe: compatible servers send 0 there (wire.md A8, failures.md 2).
+_PROMPT_COUNTERS: Final = frozenset({"input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"})
+
+# Members of a tool call that say who runs it and where (wire.md A3).
+_CALL_DETAILS: Final = ("server_name", "toolset_name")
+
+
+class MessagesFormat(WireFormat):
+    """The Messages protocol."""
+
+    name: ClassVar[str] = "messages"
+    kind: ClassVar[ProviderKind] = "anthropic"
+
+    def reader(self) -> "MessagesReader":
+        """A fresh reader for one upstream response."""
+        return MessagesReader()
+
+    def _facts(self, top: Members) -> RequestFacts:
+        prompt, tool_call_id = _last_user_turn(items(top.get("messages")))
+        return RequestFacts(
+            model=text(top.get("model")),
+            stream=boolean(top.get("stream")) or False,
+            prompt=prompt,
+            correlating_tool_call_id=tool_call_id,
+            session_id=_session_id(text(members(top.get("metadata")).get("user_id"))),
+        )
+
+
+MESSAGES: Final = MessagesFormat()
+
+
+def _last_user_turn(messages: list[Raw]) -> tuple[str | None, str | None]:
+    """The newest user message's prompt, and the id of its last tool result.
+
+    Claude Code puts a ``system`` message after the user's (clients.md 3). A message of tool results alone continues the
+    turn and is no prompt (wire.md D2).
+    """
+    for raw in reversed(messages):
+        message = members(raw)
+        if text(message.get("role")) != "user":
+            continue
+        content = message.get("content")
+        if (plain := text(content)) is not None:
+            return plain, None
+        texts: list[str] = []
+        tool_call_id: str | None = None
+        only_results = True
+        for block in map(members, items(content)):
+            kind = text(block.get("type"))
+            if kind == "tool_result":
+                tool_call_id = text(block.get("tool_use_id"))
+                continue
+            only_results = False
+            if kind == "text" and (part := text(block.get("text"))) is not None:
+                texts.append(part)
+        return (None if only_results else "\n".join(texts)), tool_call_id
+    return None, None
+
+
+def _session_id(user_id: str | None) -> str | None:
+    if user_id is None:
+        return None
+    if session := text(members(user_id.encode()).get("session_id")):
+        return session
+    match = _LEGACY_SESSION.search(user_id)
+    return match.group(1) if match else None
+
+
+class _Block:
+    """A content block that the ledger wants: a thought or a tool call. Text blocks are not followed."""
+
+    __slots__ = ("complete", "kind", "members", "pieces")
+
+    def __init__(self, kind: str, block: Members) -> None:
+        self.kind = kind
+        self.members = block
+        self.pieces: list[str] = []
+        self.complete = False
+
+    def thought(self) -> Thought:
+        details: dict[str, Any] = {} if self.complete else {"incomplete": True}
+        if self.kind == "redacted_thinking":
+            return Thought("thinking", "", details | {"redacted": True})
+        return Thought("thinking", (text(self.members.get("thinking")) or "") + "".join(self.pieces), details)
+
+    def call(self) -> ToolCall:
+        # The `input` of a started block is a placeholder; no delta at all means no arguments, unless a compatible server
+        # sent them whole (wire.md A9).
+        arguments = "".join(self.pieces) or source(self.members.get("input")) or "{}"
+        details: dict[str, Any] = {} if self.kind == "tool_use" else {"run_by": "provider"}
+        details |= {name: value for name in _CALL_DETAILS if (value := text(self.members.get(name)))}
+        if (caller := text(members(self.members.get("caller")).get("type"))) is not None:
+            details["caller"] = caller
+        return ToolCall(text(self.members.get("id")), text(self.members.get("name")) or "", arguments, details)
+
+
+class MessagesReader(ResponseReader):
+    """One Messages response."""
+
+    def __init__(self) -> None:
+        self._id: str | None = None
+        self._model: str | None = None
+        self._usage: dict[str, Raw] = {}
+        self._usage_is_final = False
+        self._fallback = False
+        self._blocks: dict[int, _Block] = {}
+        self._stop_reason: str | None = None
+        self._error: str | None = None
+
+    def read_event(self, data: bytes) -> None:
+        """Take in the data of one server-sent event."""
+        event = parse_object(data)
+        match text(event.get("type")):
+            case "content_block_delta":
+                block = self._blocks.get(integer(event.get("index")) or 0)
+                if block is not None:
+                    self._read_delta(block, members(event.get("delta")))
+            case "content_block_start":
+                self._open_block(integer(event.get("index")) or 0, members(event.get("content_block")))
+            case "content_block_stop":
+                block = self._blocks.get(integer(event.get("index")) or 0)
+                if block is not None:
+                    block.complete = True
+            case "message_start":
+                self._read_message(members(event.get("message")))
+            case "message_delta":
+                self._stop_reason = text(members(event.get("delta")).get("stop_reason")) or self._stop_reason
+                if "usage" in event:
+                    self._read_usage(members(event.get("usage")))
+                    self._usage_is_final = True
+            case "message_stop":
+                self.finished = True
+            case "error":
+                self._read_error(event)
+
+    def read_body(self, body: bytes) -> None:
+        """Take in a whole JSON body."""
+        message = parse_object(body)
+        if "error" in message:
+            self._read_error(message)
+            return
+        self._read_message(message)
+        self._usage_is_final = True
+        self._stop_reason = text(message.get("stop_reason"))
+        for index, raw in enumerate(items(message.get("content"))):
+            block = self._open_block(index, members(raw))
+            if block is not None:
+                block.complete = True
+        self.finished = True
+
+    def facts(self) -> ResponseFacts:
+        """What has been read so far. A thought that broke off is still a thought; a tool call that did was never made."""
+        blocks = [block for _, block in sorted(self._blocks.items())]
+        usage = _usage(self._usage) if self._usage else None
+        completeness: Completeness
+        if usage is None:
+            completeness = "unknown"
+        else:
+            completeness = "complete" if self._usage_is_final else "partial"
+        return ResponseFacts(
+            response_id=self._id,
+            model=self._model,
+            usage=usage,
+            completeness="partial" if self._error else completeness,
+            tool_calls=tuple(block.call() for block in blocks if block.complete and _is_call(block.kind)),
+            thoughts=tuple(block.thought() for block in blocks if not _is_call(block.kind)),
+            stop_reason=self._stop_reason,
+            error=self._error,
+        )
+
+    def error_event(self, status: int, message: str) -> bytes:
+        """``event: error``, which both SDKs raise as a status error (wire.md A10)."""
+        return b"event: error\ndata: " + error_body("anthropic", status, message) + b"\n\n"
+
+    def _read_message(self, message: Members) -> None:
+        self._id = text(message.get("id")) or self._id
+        self._model = text(message.get("model")) or self._model
+        self._read_usage(members(message.get("usage")))
+
+    def _open_block(self, index: int, block: Members) -> _Block | None:
+        kind = text(block.get("type")) or ""
+        if kind == "fallback":  # another model took over: its figures replace those of the first (wire.md A8)
+            self._fallback = True
+            self._model = text(members(block.get("to")).get("model")) or self._model
+        if not (_is_call(kind) or kind in ("thinking", "redacted_thinking")):
+            return None
+        return self._blocks.setdefault(index, _Block(kind, block))
+
+    def _read_delta(self, block: _Block, delta: Members) -> None:
+        match text(delta.get("type")):
+            case "input_json_delta":
+                block.pieces.append(text(delta.get("partial_json")) or "")
+            case "thinking_delta":
+                block.pieces.append(text(delta.get("thinking")) or "")
+
+    def _read_usage(self, usage: Members) -> None:
+        """Every figure is a running total of the message: overwrite, never add; null and absent keep what was known."""
+        for name, raw in usage.items():
+            if bytes(raw) == b"null":
+                continue
+            if name in _PROMPT_COUNTERS and not self._fallback:
+                known = integer(self._usage.get(name))
+                if known is not None and known > (integer(raw) or 0):
+                    continue
+            self._usage[name] = raw
+
+    def _read_error(self, event: Members) -> None:
+        error = members(event.get("error"))
+        self._error = f"{text(error.get('type')) or 'error'}: {text(error.get('message')) or ''}"
+        self.finished = True
+
+
+def _is_call(kind: str) -> bool:
+    return kind.endswith("tool_use")  # tool_use, server_tool_use, mcp_tool_use
+
+
+def _usage(usage: Mapping[str, Raw]) -> Usage:
+    """Billed per entry of `iterations` where there are any: the top level leaves some out (wire.md A8)."""
+    counted = [members(raw) for raw in items(usage.get("iterations"))] or [usage]
+    return Usage(
+        input_tokens=_total(counted, usage, "input_tokens"),
+        output_tokens=_total(counted, usage, "output_tokens"),
+        cache_read_input_tokens=_total(counted, usage, "cache_read_input_tokens"),
+        cache_write_input_tokens=_total(counted, usage, "cache_creation_input_tokens"),
+        raw=msgspec.json.encode(usage),
+    )
+
+
+def _total(counted: list[Mapping[str, Raw]] | list[Members], usage: Mapping[str, Raw], name: str) -> int | None:
+    reported = [count for entry in counted if (count := integer(entry.get(name))) is not None]
+    return sum(reported) if reported else integer(usage.get(name))

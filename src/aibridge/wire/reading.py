@@ -1,0 +1,133 @@
+"""Tolerant, lazy reading of JSON that somebody else wrote.
+
+Traffic is read for the ledger, never to judge it. So nothing here decodes more than was asked for, nothing fails because
+a member has an unexpected type, and what is kept of a value is its *raw text*: ``1e400``, duplicate keys, escapes and
+number formats survive because they are never turned into Python values and back (wire.md E).
+
+An object is read one level at a time, as ``dict[str, Raw]``; the leaf readers (`text`, `integer`, `boolean`) answer
+None for a value that is not of that type.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Final, TypeVar
+
+import msgspec
+from msgspec import Raw
+
+# What msgspec raises for data that is not of the wanted type, not UTF-8, or nested too deeply.
+_NOT_THAT: Final = (msgspec.MsgspecError, UnicodeError, RecursionError)
+
+# The largest integer that SQLite and PostgreSQL can hold. A counter beyond it is not a count.
+_MAX_INTEGER: Final = 2**63 - 1
+
+# An escaped backslash is matched first, so that the backslash of `\\ud800` is never mistaken for the start of an escape.
+_SURROGATES: Final = re.compile(
+    rb"\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[dD][89a-fA-F][0-9a-fA-F]{2}"
+)
+
+_object: Final = msgspec.json.Decoder(dict[str, Raw])
+_array: Final = msgspec.json.Decoder(list[Raw])
+_string: Final = msgspec.json.Decoder(str)
+_integer: Final = msgspec.json.Decoder(int)
+_boolean: Final = msgspec.json.Decoder(bool)
+
+T = TypeVar("T")
+
+Members = Mapping[str, Raw]
+"""The members of one JSON object, each still the text that the sender wrote."""
+
+
+class Unreadable(ValueError):
+    """The data is not a JSON object. The message never quotes the data."""
+
+
+def parse_object(data: bytes | Raw) -> Members:
+    """The members of a JSON object.
+
+    Raises `Unreadable`, and nothing else, when the data is not a JSON object. A lone surrogate escape, which JSON allows
+    (RFC 8259 section 8.2) and UTF-8 cannot carry, is read as U+FFFD; a byte order mark is skipped.
+    """
+    found = _decoded(_object, data)
+    if found is None:
+        raise Unreadable("not a JSON object")
+    return found
+
+
+def is_object(data: bytes) -> bool:
+    """Whether somebody could call this a JSON object: the test that decides between forwarding and refusing.
+
+    More lenient than `parse_object`: what Python's own encoder emits (NaN), control characters in strings, integers of
+    any length and any depth are for the provider to judge.
+    """
+    try:
+        found = json.loads(data.decode("utf-8-sig", "replace"), strict=False, parse_int=float)
+    except RecursionError:  # deeper than Python can follow, so at least it begins like one
+        return data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
+    except ValueError:
+        return False
+    return isinstance(found, dict)
+
+
+def members(raw: bytes | Raw | None) -> Members:
+    """The members of a JSON object, or none at all for anything else."""
+    return {} if raw is None else _decoded(_object, raw) or {}
+
+
+def items(raw: bytes | Raw | None) -> list[Raw]:
+    """The elements of a JSON array, or none at all for anything else."""
+    return [] if raw is None else _decoded(_array, raw) or []
+
+
+def text(raw: Raw | None) -> str | None:
+    """A JSON string's value, or None for anything else."""
+    return None if raw is None else _decoded(_string, raw)
+
+
+def integer(raw: Raw | None) -> int | None:
+    """A count: a JSON integer from 0 to 2**63 - 1, or None for anything else."""
+    value = None if raw is None else _decoded(_integer, raw)
+    return value if value is not None and 0 <= value <= _MAX_INTEGER else None
+
+
+def boolean(raw: Raw | None) -> bool | None:
+    """A JSON boolean's value, or None for anything else."""
+    return None if raw is None else _decoded(_boolean, raw)
+
+
+def source(raw: Raw | None) -> str | None:
+    """The JSON text itself, or None where the member is absent or null."""
+    if raw is None or is_null(raw):
+        return None
+    return bytes(raw).decode("utf-8", "replace")
+
+
+def is_null(raw: Raw) -> bool:
+    """Whether the member is present and null, which is not the same as absent."""
+    return bytes(raw) == b"null"
+
+
+def _decoded(decoder: "msgspec.json.Decoder[T]", data: bytes | Raw) -> T | None:
+    try:
+        return decoder.decode(data)
+    except _NOT_THAT:
+        pass
+    mended = _mend(bytes(data))
+    if mended is None:
+        return None
+    try:
+        return decoder.decode(mended)
+    except _NOT_THAT:
+        return None
+
+
+def _mend(data: bytes) -> bytes | None:
+    """The data with what msgspec is stricter about than JSON replaced; None where there is nothing to replace."""
+    mended = _SURROGATES.sub(_mend_escape, data.removeprefix(b"\xef\xbb\xbf"))
+    return None if mended == data else mended
+
+
+def _mend_escape(match: re.Match[bytes]) -> bytes:
+    escape = match.group()
+    return rb"\ufffd" if len(escape) == len(rb"\ud800") else escape

@@ -1,0 +1,239 @@
+"""OpenAI Responses: ``POST /v1/responses``. Facts from wire.md C1 to C5 and D1 to D3."""
+
+from typing import Any, ClassVar, Final
+
+import msgspec
+from msgspec import Raw
+
+from aibridge.errors import ProviderKind, error_type
+from aibridge.wire.base import (
+    Completeness,
+    RequestFacts,
+    ResponseFacts,
+    ResponseReader,
+    Thought,
+    ThoughtSource,
+    ToolCall,
+    Usage,
+    WireFormat,
+)
+from aibridge.wire.chat import DONE, error_text, joined_text, without_cache
+from aibridge.wire.reading import Members, boolean, integer, items, members, parse_object, source, text
+
+# Calls that the client runs and answers with an item of type `<call>_output` (wire.md C2). All others the provider runs.
+_CLIENT_CALLS: Final = frozenset(
+    {"function_call", "custom_tool_call", "computer_call", "shell_call", "apply_patch_call", "local_shell_call"}
+)
+
+# Where a call's arguments stand, in the order in which to look: text as it is, anything else as its JSON (wire.md C2).
+_ARGUMENTS: Final = ("arguments", "input", "action", "operation", "code", "queries")
+
+_CALL_DETAILS: Final = ("namespace", "server_label", "status")
+
+_TERMINALS: Final = frozenset({"response.completed", "response.incomplete", "response.failed"})
+
+_THOUGHT_DELTAS: Final[dict[str, ThoughtSource]] = {
+    "response.reasoning_summary_text.delta": "reasoning_summary",
+    "response.reasoning_text.delta": "reasoning",
+}
+
+
+class ResponsesFormat(WireFormat):
+    """The Responses protocol."""
+
+    name: ClassVar[str] = "responses"
+    kind: ClassVar[ProviderKind] = "openai"
+
+    def reader(self) -> "ResponsesReader":
+        """A fresh reader for one upstream response."""
+        return ResponsesReader()
+
+    def _facts(self, top: Members) -> RequestFacts:
+        prompt, tool_call_id = _last_turn(top.get("input"))
+        return RequestFacts(
+            model=text(top.get("model")),
+            stream=boolean(top.get("stream")) or False,
+            prompt=prompt,
+            correlating_tool_call_id=tool_call_id,
+            session_id=text(members(top.get("client_metadata")).get("session_id")),
+        )
+
+
+RESPONSES: Final = ResponsesFormat()
+
+
+def _last_turn(given: Raw | None) -> tuple[str | None, str | None]:
+    """The prompt, or the id of the tool result that this request continues with (wire.md D2, D3).
+
+    What the model said, and a request to compact, come after the prompt that they answer: no new prompt then.
+    """
+    if (plain := text(given)) is not None:
+        return plain, None
+    for raw in reversed(items(given)):
+        item = members(raw)
+        kind = text(item.get("type")) or "message"
+        if kind.endswith("_output"):
+            return None, text(item.get("call_id")) or text(item.get("id"))
+        if kind == "message":
+            match text(item.get("role")):
+                case "user":
+                    return joined_text(item.get("content"), "input_text"), None
+                case "assistant":
+                    return None, None
+        elif kind.endswith("_call") or kind in ("reasoning", "compaction_trigger", "mcp_approval_response"):
+            return None, None
+    return None, None
+
+
+class ResponsesReader(ResponseReader):
+    """One Responses response."""
+
+    def __init__(self) -> None:
+        self._response: dict[str, Raw] = {}  # the newest lifecycle event's object
+        self._id: str | None = None
+        self._model: str | None = None
+        self._usage: Raw | None = None
+        self._items: dict[int, Members] = {}  # finished output items, by output_index
+        self._thinking: dict[tuple[int, int, ThoughtSource], list[str]] = {}  # thoughts of items not finished
+        self._sequence_number = -1
+        self._stop_reason: str | None = None
+        self._error: str | None = None
+
+    def read_event(self, data: bytes) -> None:
+        """Take in the data of one server-sent event."""
+        if data.strip() == DONE:  # tolerated by every client, says nothing (wire.md C3)
+            return
+        event = parse_object(data)
+        kind = text(event.get("type")) or ""
+        number = integer(event.get("sequence_number"))
+        self._sequence_number = self._sequence_number + 1 if number is None else number
+        if kind in _THOUGHT_DELTAS:
+            self._read_thought(event, _THOUGHT_DELTAS[kind])
+        elif kind == "response.output_item.done":
+            self._read_item(integer(event.get("output_index")), members(event.get("item")))
+        elif kind == "error":
+            self._fail(error_text(event.get("error")) or _flat_error(event))
+        elif "response" in event:
+            self._read_response(members(event.get("response")))
+            self.finished = self.finished or kind in _TERMINALS
+
+    def read_body(self, body: bytes) -> None:
+        """Take in a whole JSON body."""
+        self._read_response(parse_object(body))
+        self.finished = True
+
+    def facts(self) -> ResponseFacts:
+        """What has been read so far. A thought that broke off is still a thought; a tool call that did was never made."""
+        finished = [item for _, item in sorted(self._items.items())]
+        thoughts = [thought for item in finished for thought in _thoughts(item)]
+        for (_, _, kind), pieces in sorted(self._thinking.items()):
+            thoughts.append(Thought(kind, "".join(pieces), {"incomplete": True}))
+        usage = _usage(self._usage)
+        completeness: Completeness = "unknown" if usage is None else "complete"
+        return ResponseFacts(
+            response_id=self._id,
+            model=self._model,
+            usage=usage,
+            completeness="partial" if self._error else completeness,
+            tool_calls=tuple(call for item in finished if (call := _call(item)) is not None),
+            thoughts=tuple(thoughts),
+            stop_reason=self._stop_reason,
+            error=self._error,
+        )
+
+    def error_event(self, status: int, message: str) -> bytes:
+        """``response.failed`` for the response under way, as every client knows it; a bare error where none has begun."""
+        kind = "response.failed" if self._response else "error"
+        error = {"code": error_type("openai", status), "message": message}
+        event: dict[str, Any] = {"type": kind, "sequence_number": self._sequence_number + 1}
+        if self._response:
+            event["response"] = self._response | {"status": "failed", "error": error}
+        else:
+            event |= error | {"param": None}
+        return b"event: " + kind.encode() + b"\ndata: " + msgspec.json.encode(event) + b"\n\n"
+
+    def _read_response(self, response: Members) -> None:
+        self._response = dict(response)
+        self._id = text(response.get("id")) or self._id
+        self._model = text(response.get("model")) or self._model
+        if "usage" in response and members(response["usage"]):
+            self._usage = response["usage"]
+        reason = text(members(response.get("incomplete_details")).get("reason"))
+        self._stop_reason = reason or text(response.get("status")) or self._stop_reason
+        if (error := error_text(response.get("error"))) is not None:
+            self._fail(error)
+        # A final `output` may be missing or empty: items count from their own events, and from here only where those
+        # were not sent (wire.md C3).
+        for index, raw in enumerate(items(response.get("output"))):
+            self._items.setdefault(index, members(raw))
+
+    def _read_item(self, index: int | None, item: Members) -> None:
+        index = len(self._items) if index is None else index
+        self._items[index] = item
+        self._thinking = {key: pieces for key, pieces in self._thinking.items() if key[0] != index}
+
+    def _read_thought(self, event: Members, kind: ThoughtSource) -> None:
+        part = "summary_index" if kind == "reasoning_summary" else "content_index"
+        key = (integer(event.get("output_index")) or 0, integer(event.get(part)) or 0, kind)
+        self._thinking.setdefault(key, []).append(text(event.get("delta")) or "")
+
+    def _fail(self, error: str) -> None:
+        self._error = error
+        self.finished = True
+
+
+def _flat_error(event: Members) -> str:
+    """The bare ``error`` event of the HTTP transport has its members at the top (wire.md C3)."""
+    return f"{text(event.get('code')) or 'error'}: {text(event.get('message')) or ''}"
+
+
+def _call(item: Members) -> ToolCall | None:
+    kind = text(item.get("type")) or ""
+    client_run = kind in _CLIENT_CALLS or (kind == "tool_search_call" and text(item.get("execution")) == "client")
+    if not kind.endswith("_call") and kind not in ("mcp_approval_request", "program"):
+        return None
+    identity = text(item.get("call_id")) or text(item.get("id")) if client_run else text(item.get("id"))
+    arguments = next((item[name] for name in _ARGUMENTS if name in item), None)
+    plain = text(arguments)
+    details: dict[str, Any] = {"type": kind} if kind != "function_call" else {}
+    if not client_run:
+        details["run_by"] = "provider"
+    details |= {name: value for name in _CALL_DETAILS if (value := text(item.get(name)))}
+    return ToolCall(
+        identity,
+        text(item.get("name")) or kind.removesuffix("_call"),
+        source(arguments) if plain is None else plain,
+        details,
+    )
+
+
+def _thoughts(item: Members) -> list[Thought]:
+    match text(item.get("type")):
+        case "reasoning":
+            return [
+                *(Thought("reasoning_summary", _part_text(part)) for part in items(item.get("summary"))),
+                *(Thought("reasoning", _part_text(part)) for part in items(item.get("content"))),
+            ]
+        case "message" if text(item.get("phase")) == "commentary":
+            return [Thought("commentary", joined_text(item.get("content"), "output_text"))]
+    return []
+
+
+def _part_text(part: Raw) -> str:
+    return text(members(part).get("text")) or ""
+
+
+def _usage(raw: Raw | None) -> Usage | None:
+    """OpenAI's input tokens include what a cache read or wrote (wire.md C4)."""
+    usage = members(raw)
+    if raw is None or not usage:
+        return None
+    details = members(usage.get("input_tokens_details"))
+    read, write = integer(details.get("cached_tokens")), integer(details.get("cache_write_tokens"))
+    return Usage(
+        input_tokens=without_cache(integer(usage.get("input_tokens")), read, write),
+        output_tokens=integer(usage.get("output_tokens")),
+        cache_read_input_tokens=read,
+        cache_write_input_tokens=write,
+        raw=bytes(raw),
+    )
