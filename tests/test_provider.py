@@ -37,7 +37,6 @@ async def send(provider: ScriptedProvider, data: bytes, until: bytes = b"") -> b
         writer.close()
 
 
-@pytest.mark.anyio
 async def test_requests_are_kept_as_they_came() -> None:
     async with ScriptedProvider() as provider:
         provider.reply(Reply(body=[b"hello"], framing="close"))
@@ -49,7 +48,6 @@ async def test_requests_are_kept_as_they_came() -> None:
     assert received.header("X-ODD") == ["Two  words", "again"]
 
 
-@pytest.mark.anyio
 async def test_framings_keep_alive_and_head() -> None:
     async with ScriptedProvider() as provider:
         provider.replies(
@@ -70,7 +68,6 @@ async def test_framings_keep_alive_and_head() -> None:
     assert [exchange.sent_all for exchange in provider.exchanges] == [True] * 4
 
 
-@pytest.mark.anyio
 async def test_request_bodies_and_expect() -> None:
     sized = b"POST / HTTP/1.1\r\nContent-Length: 3\r\nExpect: 100-continue\r\n\r\na\x00c"
     chunked = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2;x=y\r\nab\r\n1\r\nc\r\n0\r\nTrailer: t\r\n\r\n"
@@ -80,7 +77,6 @@ async def test_request_bodies_and_expect() -> None:
     assert [received.body for received in provider.requests] == [b"a\x00c", b"abc", b""]
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize("how", [CUT, RESET])
 async def test_a_cut_body(how: object) -> None:
     async with ScriptedProvider() as provider:
@@ -96,7 +92,6 @@ async def test_a_cut_body(how: object) -> None:
         assert not any(exchange.client_gone.is_set() or exchange.sent_all for exchange in provider.exchanges)
 
 
-@pytest.mark.anyio
 async def test_gates_and_departures() -> None:
     gate = Gate()
     async with ScriptedProvider() as provider:
@@ -117,7 +112,15 @@ async def test_gates_and_departures() -> None:
         assert await send(provider, GET) == b""
 
 
-@pytest.mark.anyio
+async def test_leaving_waits_for_nobody() -> None:
+    async with ScriptedProvider(handler=lambda _: Reply(body=[bytes(50_000_000)])) as provider:
+        reader, writer = await asyncio.open_connection("127.0.0.1", provider.port)
+        writer.write(GET)
+        async with asyncio.timeout(10):
+            await reader.readline()  # and nothing more, while the provider still has megabytes to send
+    writer.close()
+
+
 async def test_leaving_reports_what_was_not_foreseen() -> None:
     with pytest.raises(AssertionError, match="no reply scripted for GET /a"):
         async with ScriptedProvider() as provider:

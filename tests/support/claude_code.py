@@ -59,9 +59,7 @@ def _native(name: str, package: str, program: str) -> Path:
         path = MODULES / package.format(variant) / program
         if path.is_file() and os.access(path, os.X_OK):
             return path
-    raise NotInstalled(
-        f"{name} is not installed for {sys.platform} on {platform.machine()}: npm brought no such package"
-    )
+    raise NotInstalled(f"{name} is not installed for {sys.platform} on {platform.machine()}: npm brought no such package")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +169,7 @@ class TwoTurns:
             arguments = json.dumps({"command": COMMAND, "description": "Write a file"})
             middle = len(arguments) // 2
             deltas = [
-                {"type": "input_json_delta", "partial_json": piece}
-                for piece in ("", arguments[:middle], arguments[middle:])
+                {"type": "input_json_delta", "partial_json": piece} for piece in ("", arguments[:middle], arguments[middle:])
             ]
             return _stream("msg_turn1", [_text("I write it."), (call, deltas)], "tool_use", USAGES[0])
         return _stream("msg_turn2", [_text(FINAL_TEXT)], "end_turn", USAGES[1])

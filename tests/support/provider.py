@@ -385,6 +385,9 @@ class ScriptedProvider(_Provider):
             pass  # the peer closed between two requests, or in the middle of one that then never arrived
         except _Malformed as error:
             self._script.failures.append(f"malformed request: {error}")
+        except asyncio.CancelledError:
+            writer.transport.abort()  # the test is over: closing would wait for a peer that reads no more
+            raise
         finally:
             pump.cancel()
             await asyncio.gather(pump, return_exceptions=True)
@@ -430,9 +433,7 @@ class ThreadedProvider(_Provider):
             raise TimeoutError("the provider's thread did not start")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(WAIT_SECONDS)
         if self._thread.is_alive():

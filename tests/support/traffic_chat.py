@@ -148,9 +148,7 @@ def _stream(
     )
 
 
-def _blocking(
-    name: str, response: bytes, expect: Expectation, request: bytes | None = None, **members: Any
-) -> Recording:
+def _blocking(name: str, response: bytes, expect: Expectation, request: bytes | None = None, **members: Any) -> Recording:
     return Recording(
         name,
         "chat",
@@ -162,9 +160,7 @@ def _blocking(
     )
 
 
-def _http_error(
-    name: str, status: int, error: dict[str, Any], headers: list[tuple[str, str]] | None = None
-) -> Recording:
+def _http_error(name: str, status: int, error: dict[str, Any], headers: list[tuple[str, str]] | None = None) -> Recording:
     return Recording(
         name,
         "chat",
@@ -351,9 +347,7 @@ _TOOLS = (
         )
         + _usage_chunk("chatcmpl-rep", _counts(5, 6))
         + _DONE,
-        _expect(
-            "chatcmpl-rep", "Repeat", usage=usage(5, 6, 0), tool_calls=[client_call("call_r", "weather", '{"a":1}')]
-        ),
+        _expect("chatcmpl-rep", "Repeat", usage=usage(5, 6, 0), tool_calls=[client_call("call_r", "weather", '{"a":1}')]),
     ),
     _blocking(
         "chat-tools-blocking",
@@ -610,8 +604,7 @@ _FAILURES = (
     ),
     _stream(
         "chat-error-after-usage-stream",
-        _chunk("chatcmpl-cut", _choice({"content": "A"}), usage=_counts(11, 1))
-        + f"data: {_compact(_SERVER_ERROR)}\n\n",
+        _chunk("chatcmpl-cut", _choice({"content": "A"}), usage=_counts(11, 1)) + f"data: {_compact(_SERVER_ERROR)}\n\n",
         _broken(usage=usage(11, 1, 0, None, "partial")),
     ),
     _stream("chat-cut-mid-text", _BEGUN, _broken(), cut=True),

@@ -179,9 +179,7 @@ def _failed(response_id: str | None, prompt: str | None, stream: bool = True, **
     return Expectation("failed", 200, stream, OPUS, response_id, prompt, **members)
 
 
-def _http_error(
-    name: str, status: int, kind: str, message: str, headers: list[tuple[str, str]] | None = None
-) -> Recording:
+def _http_error(name: str, status: int, kind: str, message: str, headers: list[tuple[str, str]] | None = None) -> Recording:
     body = _compact({"type": "error", "error": {"type": kind, "message": message}, "request_id": f"req_{name}"})
     return Recording(
         name,
@@ -627,10 +625,7 @@ _USAGE = (
     ),
     _stream(
         "messages-empty-iterations-stream",
-        _start("msg_noiter", _counts(9, 1))
-        + _TEXT
-        + _delta("end_turn", {"output_tokens": 4, "iterations": []})
-        + _STOP,
+        _start("msg_noiter", _counts(9, 1)) + _TEXT + _delta("end_turn", {"output_tokens": 4, "iterations": []}) + _STOP,
         _ended("msg_noiter", "Once", usage=usage(9, 4, 0, 0), text="Yes."),
     ),
     _stream(
@@ -695,9 +690,7 @@ _OPEN_SETS = (
 # --- failures ---------------------------------------------------------------------------------------------------------
 
 _OVERLOADED = _event({"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}})
-_FAR = (
-    _start("msg_far", _counts(70, 1, read=900)) + _thinking(0, "EqQf", "Hm.") + _tool(1, "toolu_f", "Read", '{"a":1}')
-)
+_FAR = _start("msg_far", _counts(70, 1, read=900)) + _thinking(0, "EqQf", "Hm.") + _tool(1, "toolu_f", "Read", '{"a":1}')
 _HALF_TEXT = _event({"type": "content_block_start", "index": 2, "content_block": {"type": "text", "text": ""}})
 
 _FAR_PARTS: dict[str, Any] = {
@@ -715,9 +708,7 @@ _FAILURES = (
         _failed("msg_cut0", "Cut", usage=usage(25, 1, 0, 0, "partial")),
         cut=True,
     ),
-    _stream(
-        "messages-cut-before-start", b"event: message_start\nda", _failed(None, "Cut", usage=NOTHING_YET), cut=True
-    ),
+    _stream("messages-cut-before-start", b"event: message_start\nda", _failed(None, "Cut", usage=NOTHING_YET), cut=True),
     _stream("messages-cut-between-blocks", _FAR, _failed("msg_far", "Go far", **_FAR_PARTS), cut=True),
     _stream(
         "messages-cut-inside-a-character",
@@ -737,9 +728,7 @@ _FAILURES = (
                 "content_block": {"type": "tool_use", "id": "toolu_h", "name": "Read", "input": {}},
             }
         )
-        + _event(
-            {"type": "content_block_delta", "index": 2, "delta": {"type": "input_json_delta", "partial_json": '{"pa'}}
-        ),
+        + _event({"type": "content_block_delta", "index": 2, "delta": {"type": "input_json_delta", "partial_json": '{"pa'}}),
         _failed("msg_far", "Go far", undecided=frozenset({"tool_calls"}), **_FAR_PARTS),
         cut=True,
     ),

@@ -241,9 +241,7 @@ def _stream(
     )
 
 
-def _blocking(
-    name: str, response: bytes, expect: Expectation, request: bytes | None = None, **members: Any
-) -> Recording:
+def _blocking(name: str, response: bytes, expect: Expectation, request: bytes | None = None, **members: Any) -> Recording:
     return Recording(
         name,
         "responses",
@@ -316,9 +314,7 @@ def _unknown() -> str:
 _TEXT = (
     _stream("responses-text-stream", _hello(), _HELLO_EXPECT),
     _stream("responses-crlf-stream", _hello().replace("\n", "\r\n"), _HELLO_EXPECT),
-    _stream(
-        "responses-comments-stream", ": ok\n\n" + _hello().replace("event: ", ": keep-alive\n\nevent: "), _HELLO_EXPECT
-    ),
+    _stream("responses-comments-stream", ": ok\n\n" + _hello().replace("event: ", ": keep-alive\n\nevent: "), _HELLO_EXPECT),
     _stream(
         "responses-unnamed-events-stream",
         "".join(f"{line}\n" for line in _hello().split("\n")[:-1] if not line.startswith("event:")),
@@ -470,9 +466,7 @@ _HOSTED_ITEMS: list[Item] = [
 ]
 
 _HOSTED_CALLS = [
-    provider_call(
-        "ws_1", "web_search", '{"type":"search","query":"aibridge é ledger","queries":["aibridge é ledger"]}'
-    ),
+    provider_call("ws_1", "web_search", '{"type":"search","query":"aibridge é ledger","queries":["aibridge é ledger"]}'),
     provider_call("mcp_1", "ask", '{"q": "ledger"}'),
     provider_call("ci_1", "code_interpreter", 'print("1" + "1")\n'),
     provider_call("fs_1", "file_search", '["a \u2028 b","c"]'),
