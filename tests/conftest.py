@@ -1,6 +1,10 @@
-"""Asynchronous tests are marked ``@pytest.mark.anyio``; the gateway runs on asyncio, so they do too."""
+"""Asynchronous tests need no mark (``anyio_mode``); the gateway runs on asyncio, so they do too."""
 
 import pytest
+
+from tests.support.gateway import scene, stage
+
+__all__ = ["anyio_backend", "scene", "stage"]
 
 
 @pytest.fixture

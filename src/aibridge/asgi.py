@@ -101,7 +101,7 @@ class Interruptible:
         self._event: Exception | None = None
 
     def interrupt(self, event: Exception) -> None:
-        """End the wait under way, and every later one, by raising `event` in it."""
+        """End the wait under way, or else the next one, by raising `event` in it. Until it is raised, no other is taken."""
         if self._event is None:
             self._event = event
             if self._waiting and self._task is not None:
@@ -112,7 +112,7 @@ class Interruptible:
         if self._event is not None:
             if isinstance(awaitable, Coroutine):
                 awaitable.close()
-            raise self._event
+            raise self._take_event()
         self._waiting = True
         try:
             return await awaitable
@@ -120,9 +120,14 @@ class Interruptible:
             if self._event is None or self._task is None:
                 raise
             self._task.uncancel()
-            raise self._event from None
+            raise self._take_event() from None
         finally:
             self._waiting = False
+
+    def _take_event(self) -> Exception:
+        event, self._event = self._event, None
+        assert event is not None  # noqa: S101  both callers have looked
+        return event
 
 
 def path_of(scope: Scope) -> str:
@@ -134,5 +139,4 @@ def path_of(scope: Scope) -> str:
 
 
 def _too_large(limit: int) -> BodyTooLarge:
-    # What is still on its way is not read to its end, so the connection cannot be used again.
-    return BodyTooLarge(f"The request body is larger than {limit} bytes.", [(b"connection", b"close")])
+    return BodyTooLarge(f"The request body is larger than {limit} bytes.")

@@ -90,7 +90,7 @@ class RequestBridge:
 
     def kind_of(self, scope: Scope) -> ProviderKind:
         """The kind of the provider that a request is for, which says how an error must look to its client."""
-        provider = self._providers.get(path_of(scope).split("/")[1])
+        provider = self._providers.get(path_of(scope).removeprefix("/").partition("/")[0])
         return "openai" if provider is None else provider.kind
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -6,6 +6,7 @@ In order of precedence: command line, ``AIBRIDGE_*`` variables (``__`` between l
 
 import ipaddress
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,18 +23,19 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
+    EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    SettingsError,
     TomlConfigSettingsSource,
 )
 
 from aibridge.bridge import MAX_BODY_BYTES, MAX_HEADER_BYTES
 from aibridge.errors import ProviderKind
 from aibridge.ledger import WhenUnrecordable
-from aibridge.providers import OnDisconnect, Provider
+from aibridge.providers import OnDisconnect, Provider, check_base_url, check_name
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -54,26 +56,43 @@ class ConfigurationError(Exception):
 
 def _resolve_secret(value: object) -> object:
     """A secret may be given as it is, or as ``{ env = "VARIABLE" }`` or ``{ file = "PATH" }``."""
-    if not isinstance(value, Mapping):
-        return value
-    match dict(value):
+    match value:
+        case SecretStr():
+            return value
+        case str():
+            secret = value
         case {"env": str(name), **rest} if not rest:
-            if not os.environ.get(name):
+            if not name.isidentifier():  # perhaps the secret itself, so it is not quoted
+                raise ValueError("env must be the name of an environment variable")
+            secret = os.environ.get(name, "")
+            if not secret:
                 raise ValueError(f"the environment variable {name} is not set")
-            return os.environ[name]
         case {"file": str(name), **rest} if not rest:
             try:
-                return Path(name).read_text().strip()
+                secret = Path(name).read_text()
             except (OSError, UnicodeError) as error:
                 raise ValueError(f"the file {name} cannot be read ({type(error).__name__})") from None
-    raise ValueError('a secret is a string, { env = "VARIABLE" } or { file = "PATH" }')
+        case _:
+            raise ValueError('a secret is a string, { env = "VARIABLE" } or { file = "PATH" }')
+    secret = secret.strip()
+    if not secret.isprintable() or not secret:
+        raise ValueError("a secret must not be empty, or hold line breaks or other control characters")
+    return secret
 
 
-Secret = Annotated[SecretStr, BeforeValidator(_resolve_secret), Field(min_length=1)]
+Secret = Annotated[SecretStr, BeforeValidator(_resolve_secret)]
+
+
+def _listed(value: object) -> object:
+    """A list, or in one string separated by commas, which is easier to write in an environment variable."""
+    return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+
+
+Listed = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ServerSettings(_Section):
@@ -81,12 +100,20 @@ class ServerSettings(_Section):
 
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8080, ge=0, le=65535, description="port to listen on; 0 takes a free one")
-    allowed_hosts: tuple[str, ...] = Field(
+    allowed_hosts: Listed = Field(
         default=(), description="names under which a server on loopback may be addressed, beside localhost and its address"
     )
     shutdown_grace: float = Field(
         default=30.0, ge=0, description="seconds that responses under way get to end after SIGTERM"
     )
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _are_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+                raise ValueError(f"{name!r} is not a host name such as gateway.internal; ports do not matter")
+        return names
 
     @property
     def on_loopback(self) -> bool:
@@ -135,6 +162,12 @@ class ProviderSettings(_Section):
     ca_file: Path | None = Field(default=None, description="PEM file with certificates to trust beside the system's")
     enabled: bool = Field(default=True, description="false takes the provider away")
 
+    @field_validator("base_url")
+    @classmethod
+    def _is_a_base_url(cls, url: str) -> str:
+        check_base_url(url)
+        return url
+
     @field_validator("ca_file")
     @classmethod
     def _is_a_file(cls, path: Path | None) -> Path | None:
@@ -149,7 +182,7 @@ class IdentitySettings(_Section):
     header: str | None = Field(
         default=None, pattern=r"^[A-Za-z0-9-]+$", description="request header in which a trusted proxy names the user"
     )
-    trusted_proxies: tuple[str, ...] = Field(
+    trusted_proxies: Listed = Field(
         default=(), description="networks (CIDR) from which that header is believed; loopback where none are given"
     )
 
@@ -197,12 +230,12 @@ class Settings(BaseSettings):
         cls,
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003  ours says more about what is wrong
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003  the signature is pydantic's
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Where values come from, the strongest first."""
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+        return init_settings, _Environment(settings_cls), TomlConfigSettingsSource(settings_cls)
 
     @field_validator("providers", mode="before")
     @classmethod
@@ -226,11 +259,17 @@ class Settings(BaseSettings):
                     provider.setdefault("api_key", key)
         return providers
 
+    @field_validator("providers")
+    @classmethod
+    def _have_names(cls, providers: dict[str, ProviderSettings]) -> dict[str, ProviderSettings]:
+        for name in providers:
+            check_name(name)
+        return providers
+
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
         for provider in self.enabled_providers():
-            parts = urlsplit(provider.base_url)
-            if self.server.on_loopback and parts.hostname in _LOOPBACK_NAMES and parts.port == self.server.port:
+            if self._serves(provider.base_url):
                 raise ValueError(
                     f"providers.{provider.name}.base_url points at this gateway itself ({provider.base_url});"
                     f" is {_VENDOR_VARIABLES.get(provider.name, ('', 'base_url'))[1]} set for clients in this shell?"
@@ -247,8 +286,17 @@ class Settings(BaseSettings):
             )
         return self
 
+    def _serves(self, url: str) -> bool:
+        """Whether a URL leads to this very server."""
+        parts = urlsplit(url)
+        names = {self.server.host} if self.server.host not in _WILDCARDS else set()
+        if self.server.on_loopback or not names:
+            names |= _LOOPBACK_NAMES
+        port = parts.port or _DEFAULT_PORTS[parts.scheme]
+        return parts.hostname in names and port == self.server.port
+
     def enabled_providers(self) -> list[Provider]:
-        """The providers that are served. Raises ValueError for a name or URL that cannot be."""
+        """The providers that are served."""
         return [
             Provider(
                 name=name,
@@ -266,6 +314,29 @@ class Settings(BaseSettings):
 
 
 _LOOPBACK_NAMES: Final = frozenset({"127.0.0.1", "localhost", "::1"})
+_WILDCARDS: Final = frozenset({"", "0.0.0.0", "::"})  # noqa: S104  to know it, not to bind to it
+_DEFAULT_PORTS: Final = {"http": 80, "https": 443}
+
+
+class _Environment(EnvSettingsSource):
+    """The variables ``AIBRIDGE_*``. What is wrong with one is said by the validation, which names the key."""
+
+    def __call__(self) -> dict[str, Any]:
+        """The values, by section. A section that there is not is an error, and not passed over."""
+        sections = {name.removeprefix(_PREFIX).partition("__")[0] for name in self.env_vars if _VARIABLE.match(name)}
+        return {**{section: {} for section in sections if section not in Settings.model_fields}, **super().__call__()}
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        """JSON, or else the text that it is."""
+        try:
+            return super().decode_complex_value(field_name, field, value)
+        except ValueError:
+            return value
+
+
+_PREFIX: Final = "aibridge_"
+# Only with a key below: Kubernetes, for one, has variables such as AIBRIDGE_PORT of its own for a service of that name.
+_VARIABLE: Final = re.compile(rf"{_PREFIX}[^_]+(_[^_]+)*__.")
 
 
 def load(file: Path | None = None, **overrides: Mapping[str, Any]) -> Settings:
@@ -287,8 +358,8 @@ def load(file: Path | None = None, **overrides: Mapping[str, Any]) -> Settings:
         raise ConfigurationError("\n".join(map(_explain, error.errors()))) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigurationError(f"{path} is not TOML: {error}") from None
-    except SettingsError as error:
-        raise ConfigurationError(str(error.__cause__ or error)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} cannot be read ({type(error).__name__})") from None
 
 
 def _explain(error: "ErrorDetails") -> str:

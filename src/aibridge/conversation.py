@@ -17,6 +17,7 @@ committed. If they cannot be, the client is told so in place of an end.
 """
 
 from collections.abc import Generator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -97,15 +98,21 @@ def converse(request: Request) -> Conversation:
     try:
         head = yield Send(request)
     except UpstreamError as error:
-        yield from _refuse(request, error)
+        yield Record(ResponseFacts())
+        unrecorded = yield from _end(End("failed", error.status, error.message))
+        yield from _refuse(request, unrecorded or error)
         return
     except (ClientDisconnected, Interrupted) as event:
         # The provider may have begun, and bill it: the figures are not known, but it is known that there are some.
         yield Record(ResponseFacts(usage=Usage(), completeness="partial"))
-        yield from _end(End(_status_of(event)))
+        unrecorded = yield from _end(End(_status_of(event)))
+        if isinstance(event, Interrupted):
+            yield from _refuse(request, unrecorded or _SHUTDOWN)
         return
     merger = Merger(request, head)
-    yield Respond(head.status, merger.headers)
+    beginning = Respond(head.status, merger.headers)
+    if not head.bodiless:
+        yield beginning
     end = yield from _relay(merger)
     yield Record(merger.facts)
     unrecorded = yield from _end(end)
@@ -113,15 +120,12 @@ def converse(request: Request) -> Conversation:
         merger.fail(unrecorded)
     if end.status == "client_disconnected":
         return
-    if not merger.whole:
-        yield from _break_off(merger)
-        return
-    try:
-        yield Relay(merger.finish())
-        while chunk := (yield Receive()):  # what follows the last event, until the provider closes
-            yield Relay(merger.feed(chunk))
-    except (UpstreamError, ClientDisconnected, Interrupted):
-        return  # the response was complete, and is recorded as such
+    if merger.failure is not None:
+        yield from _refuse(request, merger.failure) if head.bodiless else _break_off(merger)
+    elif head.bodiless:  # then its beginning is its end
+        yield beginning
+    else:
+        yield from _finish(merger)
 
 
 def _relay(merger: "Merger") -> Generator[Command, Any, End]:
@@ -145,6 +149,14 @@ def _relay(merger: "Merger") -> Generator[Command, Any, End]:
     return End("completed", merger.status)
 
 
+def _finish(merger: "Merger") -> Conversation:
+    """Let go of what ends the response, and pass on what follows the last event until the provider closes."""
+    with suppress(UpstreamError, ClientDisconnected, Interrupted):  # the response was complete, and is recorded as such
+        yield Relay(merger.finish())
+        while chunk := (yield Receive()):
+            yield Relay(merger.feed(chunk))
+
+
 def _end(end: End) -> Generator[Command, Any, RecordingFailed | None]:
     try:
         yield end
@@ -159,8 +171,6 @@ def _status_of(event: ClientDisconnected | Interrupted) -> Status:
 
 def _refuse(request: Request, error: BridgeError) -> Conversation:
     """Answer with an error of our own, before anything was relayed."""
-    yield Record(ResponseFacts())
-    yield from _end(End("failed", error.status, error.message))
     body = error_body(request.format.kind, error.status, error.message)
     yield Respond(error.status, [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))])
     yield from _last_words(body)
@@ -186,7 +196,7 @@ class Merger:
     """Presents the upstream response to the client, verbatim, and observes it.
 
     `feed` answers with what the client may see now. From the chunk on that completes the response, bytes are held until
-    `finish`.
+    `finish`. `failure` is why the response cannot be completed.
     """
 
     def __init__(self, request: Request, head: ResponseHead) -> None:
@@ -198,7 +208,7 @@ class Merger:
         self._coding = head.coding
         self._success = head.ok
         self._held: list[bytes] | None = []
-        self._failure: BridgeError | None = None
+        self.failure: BridgeError | None = None
         edited = self._filter is not None
         self.headers = [field for field in head.headers if not (edited and field[0] in _DROPPED_WHEN_EDITED)]
 
@@ -208,22 +218,17 @@ class Merger:
         return self._stream and self._observer.finished
 
     @property
-    def whole(self) -> bool:
-        """Nothing is missing from the response, and nothing went wrong with it on the way."""
-        return self._failure is None
-
-    @property
     def error(self) -> str | None:
         """Why the interception failed: our failure, or the provider's own words."""
-        if self._failure is not None:
-            return self._failure.message
+        if self.failure is not None:
+            return self.failure.message
         said = self._observer.facts(cut=False).error
         return said if self._success or said is not None else f"HTTP {self.status}"
 
     @property
     def facts(self) -> ResponseFacts:
         """What the response said."""
-        return self._observer.facts(cut=not self.whole)
+        return self._observer.facts(cut=self.failure is not None)
 
     def feed(self, chunk: bytes) -> bytes:
         """What the client may see now. Raises `UpstreamError` when the response has to be edited and cannot be decoded."""
@@ -232,17 +237,18 @@ class Merger:
             self._left -= len(chunk)
         if self._filter is not None:
             chunk = self._filter.feed(self._plain(chunk))
-        if self._held is not None and (self.finished or self._left == 0):
+        if self._held is not None and (self.finished or (self._left is not None and self._left <= 0)):
             self._held.append(chunk)
             return b""
         return chunk
 
     def end(self) -> None:
         """The provider has ended its response, or its last event has come. Raises `UpstreamError` if that is too early."""
+        at_eof = not self.finished
         self._observer.end()
         if self._success and not self._observer.ends_at_eof:
             raise _CUT
-        if self._filter is not None and self._held is not None and not self.finished:
+        if self._filter is not None and self._held is not None and at_eof:
             self._held.append(self._filter.rest())
 
     def finish(self) -> bytes:
@@ -253,15 +259,15 @@ class Merger:
 
     def fail(self, error: BridgeError) -> None:
         """The response cannot be completed."""
-        self._failure = error
+        self.failure = error
 
     def error_event(self) -> bytes | None:
         """The failure as an event of the stream; None where the body has no room for one."""
-        if self._failure is None or not self._stream or self._left is not None or (self._coding and not self._filter):
+        if self.failure is None or not self._stream or self._left is not None or (self._coding and not self._filter):
             return None
         between_events = self._filter is not None or (self._observer.at_boundary and not self._held)
         gap = b"" if between_events else b"\n\n"  # ends the event under way, which no client can read any more
-        return gap + self._observer.error_event(self._failure.status, self._failure.message)
+        return gap + self._observer.error_event(self.failure.status, self.failure.message)
 
     def _plain(self, chunk: bytes) -> bytes:
         if self._decoder is None:

@@ -29,7 +29,7 @@ _HOP_BY_HOP: Final = frozenset(
 # Set anew for the upstream connection, or meant for this server alone: a cookie belongs to the host it was set by.
 _OURS: Final = frozenset({b"host", b"content-length", b"expect", b"cookie", b"http2-settings"})
 
-_CREDENTIALS: Final = (b"authorization", b"x-api-key")
+_CREDENTIALS: Final = (b"authorization", b"x-api-key", b"api-key")  # the last is Azure's
 
 # From this version on Anthropic's clients send every credential as a bearer token, before it API keys had a header of
 # their own (wire.md A1).
@@ -95,7 +95,7 @@ def _credential_field(headers: Headers, kind: ProviderKind) -> bytes:
 
 def _credential(value: bytes) -> str:
     """The credential itself, without the name of its scheme."""
-    return value.decode("latin-1").split()[-1]
+    return value.split()[-1].decode("latin-1")
 
 
 def _hint(credential: str) -> str:

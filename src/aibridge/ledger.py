@@ -7,10 +7,12 @@ values for all, so that no two of them can disagree.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Final, Literal
 
 import msgspec
 import uuid_utils
@@ -36,7 +38,7 @@ WhenUnrecordable = Literal["refuse", "continue"]
 
 
 class RecordLost(msgspec.Struct, frozen=True):
-    """A record could not be kept anywhere. `kind` is the name of its type."""
+    """A record could not be kept anywhere. `kind` is the name of its type; both are empty where it cannot even be read."""
 
     interception_id: str
     kind: str
@@ -53,7 +55,9 @@ class PassedThrough(msgspec.Struct, frozen=True):
 
 Event = Record | RecordLost | PassedThrough
 Observer = Callable[[Event], None]
-"""Sees everything that happens, right away and in order. What it raises is logged and goes no further."""
+"""Sees everything that happens, in order: a start when the interception takes place, anything else right away.
+
+What it raises is logged and goes no further."""
 
 
 def new_id() -> str:
@@ -77,6 +81,29 @@ class Ledger:
     recorder: Recorder
     observers: Sequence[Observer] = ()
     when_unrecordable: WhenUnrecordable = "refuse"
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Listen for what the recorder loses when nobody waits for it any more."""
+        report_losses = getattr(self.recorder, "report_losses", None)
+        if report_losses is not None:
+            report_losses(self.lose)
+
+    def lose(self, record: Record | None) -> None:
+        """Count a record that could not be kept; None for one that cannot even be read."""
+        event = RecordLost("", "") if record is None else RecordLost(_interception_of(record), type(record).__name__)
+        notify(self.observers, event)
+
+    def carry_out(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Do something to its end, whatever becomes of who asked for it."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _interception_of(record: Record) -> str:
+    return record.id if isinstance(record, Interception) else record.interception_id
 
 
 class Entry:
@@ -92,12 +119,25 @@ class Entry:
         self._started = time.monotonic()
         self._first_byte: float | None = None
         self._prompt_recorded = False
-        self._pending: list[tuple[Record, Awaitable[None]]] = []
+        self._pending: list[asyncio.Future[None]] = []
+        self._lost = False
 
     async def start(self) -> None:
         """Record the start. Raises `RecordingFailed` when that cannot be done and the policy is to refuse."""
-        self._put(self._interception)
-        await self._settle()
+        self._hand_over(self._interception)
+        try:
+            await self._settle()
+        except asyncio.CancelledError:
+            _ = self._ledger.carry_out(self._give_up())
+            raise
+        notify(self._ledger.observers, self._interception)
+
+    async def _give_up(self) -> None:
+        """Nobody waits for the start any more, but it will be recorded: then it must have an end."""
+        with suppress(RecordingFailed):
+            await self._settle()
+            notify(self._ledger.observers, self._interception)
+            await self.end(End("interrupted"))
 
     def first_byte(self) -> None:
         """The provider's first body byte has come."""
@@ -118,7 +158,7 @@ class Entry:
             said = {"model": facts.model, "stop_reason": facts.stop_reason, "notes": facts.notes}
             metadata: dict[str, Any] = {key: value for key, value in said.items() if value}
             if facts.usage.raw is not None:
-                metadata["usage"] = msgspec.Raw(facts.usage.raw)
+                metadata["usage"] = msgspec.Raw(_unicode(facts.usage.raw))
             self._put(
                 TokenUsage(
                     id=new_id(),
@@ -168,44 +208,63 @@ class Entry:
         await self._settle()
 
     def _put(self, record: Record) -> None:
-        awaitable = _write(self._ledger.recorder, record)
-        if awaitable is not None:
-            self._pending.append((record, awaitable))
+        self._hand_over(record)
         notify(self._ledger.observers, record)
 
+    def _hand_over(self, record: Record) -> None:
+        """Give a record to the recorder. Its writing goes on by itself, and its loss is counted, whoever waits for it."""
+        try:
+            awaitable = _write(self._ledger.recorder, record)
+        except Exception as error:  # noqa: BLE001  a recorder may raise anything; what it raises means lost
+            self._lose(record, error)
+            return
+        if awaitable is None:
+            return
+        if not isinstance(awaitable, asyncio.Future):
+            before = self._pending[-1] if self._pending else None
+            awaitable = self._ledger.carry_out(_after(before, awaitable))
+        awaitable.add_done_callback(partial(self._written, record))
+        self._pending.append(awaitable)
+
+    def _written(self, record: Record, future: asyncio.Future[None]) -> None:
+        error = asyncio.CancelledError() if future.cancelled() else future.exception()
+        if error is not None:
+            self._lose(record, error)
+
+    def _lose(self, record: Record, error: BaseException) -> None:
+        # A foreign error may quote what it could not store.
+        reason = str(error) if isinstance(error, RecordingFailed) else type(error).__name__
+        logger.error("record lost: %s of interception %s: %s", type(record).__name__, self._interception.id, reason)
+        self._lost = True
+        self._ledger.lose(record)
+
     async def _settle(self) -> None:
-        """Wait for all records that were handed over.
-
-        Cancelling the wait must not cancel the writing: futures go on by themselves, coroutines go on in a task.
-        """
-        pending, self._pending = self._pending, []
-        if all(asyncio.isfuture(awaitable) for _, awaitable in pending):
-            lost = await self._written(pending)
-        else:
-            lost = await asyncio.shield(asyncio.ensure_future(self._written(pending)))
-        if lost and self._ledger.when_unrecordable == "refuse":
+        """Wait for all records that were handed over. Cancelling the wait does not cancel the writing."""
+        if self._pending:
+            await asyncio.wait(self._pending)
+            self._pending.clear()
+        if self._lost and self._ledger.when_unrecordable == "refuse":
             raise RecordingFailed("The request cannot be recorded at the moment, so it is not served.")
-
-    async def _written(self, pending: Sequence[tuple[Record, Awaitable[None]]]) -> int:
-        lost = 0
-        for record, awaitable in pending:
-            try:
-                await awaitable
-            except Exception as error:  # noqa: BLE001  a recorder may raise anything; what it raises means lost
-                lost += 1
-                kind = type(record).__name__
-                logger.error("record lost: %s of interception %s: %s", kind, self._interception.id, error)  # noqa: TRY400
-                notify(self._ledger.observers, RecordLost(self._interception.id, kind))
-        return lost
 
     def _without_secrets(self, error: str | None) -> str | None:
         """Providers quote credentials in their errors; ours must not be among them."""
-        for secret in self._secrets:
+        for secret in filter(None, self._secrets):
             error = error and error.replace(secret, "[credential]")
         return error and error[:_MAX_ERROR]
 
 
-_MAX_ERROR = 2000
+_MAX_ERROR: Final = 2000
+
+
+def _unicode(text: bytes) -> bytes:
+    """A provider's JSON as text that a database takes. It is read without a look at what its strings hold."""
+    return text.decode(errors="replace").encode()
+
+
+async def _after(before: asyncio.Future[None] | None, awaitable: Awaitable[None]) -> None:
+    if before is not None:
+        await asyncio.wait([before])
+    await awaitable
 
 
 def _write(recorder: Recorder, record: Record) -> Awaitable[None] | None:

@@ -80,6 +80,30 @@ _ROUTES: Final[dict[ProviderKind, tuple[Route, ...]]] = {
 }
 
 
+def check_name(name: str) -> None:
+    """Raises ValueError for a name that no provider can have: it is the first segment of its routes."""
+    if not _NAME.fullmatch(name) or name in RESERVED_NAMES:
+        reserved = ", ".join(sorted(RESERVED_NAMES))
+        raise ValueError(
+            f"provider name {name!r}: up to 64 lower-case letters, digits, '-' and '_', and not one of {reserved}"
+        )
+
+
+def check_base_url(url: str) -> None:
+    """Raises ValueError for a base URL that requests cannot be sent to. The message does not quote it."""
+    wrong = ValueError("must be an http:// or https:// URL without a query")
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises where it is none
+    except ValueError:
+        raise wrong from None
+    odd = any(character.isspace() or not character.isprintable() for character in url)
+    if odd or parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise wrong
+    if parts.username or parts.password:
+        raise ValueError("must not hold credentials; use api_key")
+
+
 @dataclass(frozen=True, slots=True)
 class Provider:
     """A server that speaks a provider's protocol, under a name of its own.
@@ -102,16 +126,11 @@ class Provider:
     ca_file: str | None = None
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name) or self.name in RESERVED_NAMES:
-            reserved = ", ".join(sorted(RESERVED_NAMES))
-            raise ValueError(
-                f"provider name {self.name!r}: up to 64 lower-case letters, digits, '-' and '_', and not one of {reserved}"
-            )
-        parts = urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise ValueError(f"provider {self.name!r}: base_url must be an http:// or https:// URL without a query")
-        if parts.username or parts.password:
-            raise ValueError(f"provider {self.name!r}: base_url must not hold credentials; use api_key")
+        check_name(self.name)
+        try:
+            check_base_url(self.base_url)
+        except ValueError as error:
+            raise ValueError(f"provider {self.name!r}: base_url {error}") from None
 
     @classmethod
     def anthropic(

@@ -4,6 +4,7 @@ import resource
 from typing import Any, Final
 
 import uvicorn
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
@@ -13,12 +14,12 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from aibridge.asgi import ClientConnection, Receive, Scope, Send, path_of
 from aibridge.bridge import RequestBridge
 from aibridge.config import Settings
-from aibridge.errors import BridgeError, HeadersTooLarge, NotAuthenticated, error_body
+from aibridge.errors import BadRequest, BridgeError, HeadersTooLarge, NotAuthenticated, error_body
 from aibridge.guard import LoopbackGuard
 from aibridge.identity import Authenticator, LocalUser, TrustedProxy, as_actor, without_headers
 from aibridge.metrics import Metrics
@@ -28,6 +29,8 @@ from aibridge.upstream import AiohttpUpstream, Upstream
 # A client's pooled connection should end on the client's side: one that we close under its next request costs it an error.
 _KEEP_ALIVE_SECONDS: Final = 75
 _OPEN_FILES: Final = 65_536
+_LAST_WORDS_SECONDS: Final = 2.0
+_FRAMING: Final = (b"content-length", b"transfer-encoding")
 
 
 class Server:
@@ -101,7 +104,7 @@ async def _answer(client: ClientConnection, content_type: bytes, body: bytes) ->
 def serve(settings: Settings) -> None:
     """Run the server until it is told to stop. SIGTERM lets responses end within the grace period."""
     _raise_open_file_limit()
-    disable_created_metrics()  # a second series for each one, which nobody reads
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each one, which nobody reads
     uvicorn.Server(uvicorn_config(Server(settings), settings)).run()
 
 
@@ -124,44 +127,106 @@ def uvicorn_config(app: Any, settings: Settings) -> uvicorn.Config:
     )
 
 
-def head_bounded(limit: int) -> type[HttpToolsProtocol]:
-    """Uvicorn's HTTP protocol, with the bound on the size of a request head that it lacks.
+class HeadBounded(HttpToolsProtocol):
+    """Uvicorn's HTTP protocol, with what it lacks in front of clients that nobody vouches for.
 
-    The application checks the exact size, but it is called only when the head is complete: here memory is bounded before.
+    - What makes no progress, a head or the trailers behind a body that do not end, is refused at twice `max_head`. The
+      application checks the exact size, but it is called only when a head is complete: here memory is bounded before.
+    - Trailers are dropped. They are no header fields (RFC 9110 section 6.5.1), but uvicorn adds them to those.
+    - A request for an upgrade is read like any other. Httptools takes a body behind it (as Java's HttpClient sends it, with
+      ``Upgrade: h2c``) for another protocol, and the next request with it.
+    - What cannot be read is never answered in the middle of another response.
     """
 
-    class HeadBounded(HttpToolsProtocol):
-        _head = 0
-        _in_head = True
+    max_head: int
+    _unread = 0  # received since the parser last came a step further
+    _reads_head = True
+    _resumes = False
+    _refused = False
 
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            self._head += len(data) if self._in_head else 0
-            if self._head > 2 * limit and not self.transport.is_closing():
-                self._refuse_head()
+    def data_received(self, data: bytes) -> None:
+        """Bytes have come."""
+        if self._refused:
+            return
+        self._unset_keepalive_if_required()
+        self._unread += len(data)
+        try:
+            self.parser.feed_data(data)
+        except HttpParserUpgrade as upgrade:
+            self._ignore_upgrade(data[upgrade.args[0] :])
+        except HttpParserError:
+            self._refuse(BadRequest("This is not HTTP."), b"400 Bad Request")
+        if self._unread > 2 * self.max_head and not self.transport.is_closing():
+            too_large = HeadersTooLarge(f"The request headers are larger than {self.max_head} bytes.")
+            self._refuse(too_large, b"431 Request Header Fields Too Large")
 
-        def on_message_begin(self) -> None:
-            self._head, self._in_head = 0, True
+    def on_message_begin(self) -> None:
+        """A head begins."""
+        self._unread = 0
+        if not self._resumes:
+            self._reads_head = True
             super().on_message_begin()
 
-        def on_headers_complete(self) -> None:
-            self._head, self._in_head = 0, False
+    def on_url(self, url: bytes) -> None:
+        """A piece of the request's target."""
+        if not self._resumes:
+            super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header field or a trailer."""
+        if self._reads_head:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """The head is complete."""
+        self._unread = 0
+        if not self._resumes:
+            self._reads_head = False
             super().on_headers_complete()
 
-        def on_message_complete(self) -> None:
-            self._in_head = True
+    def on_body(self, body: bytes) -> None:
+        """A piece of the body."""
+        self._unread = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request is complete, unless httptools only thinks so because of an upgrade."""
+        self._unread = 0
+        if not self.parser.should_upgrade():
             super().on_message_complete()
 
-        def _refuse_head(self) -> None:
-            error = HeadersTooLarge(f"The request headers are larger than {limit} bytes.")
-            body = error_body("openai", error.status, error.message)
-            self.transport.write(
-                b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\n"
-                b"connection: close\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
-            )
-            self.transport.close()
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Read on with a parser that knows how the body is framed, but not of the upgrade."""
+        framing = (name + b": " + value + b"\r\n" for name, value in self.headers if name in _FRAMING)
+        self.parser = HttpRequestParser(self)
+        self._resumes = True
+        self.parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n" % b"".join(framing))
+        self._resumes = False
+        if rest:
+            self.data_received(rest)
 
-    return HeadBounded
+    def _refuse(self, error: BridgeError, status: bytes) -> None:
+        """Answer, unless a response is under way, and give the client a moment to read that before it is cut off."""
+        self._refused = True
+        cycle: RequestResponseCycle | None = getattr(self, "cycle")  # noqa: B009  it is None at first
+        if cycle is not None and not cycle.response_complete:
+            if self.pipeline or cycle.response_started:
+                self.transport.abort()
+                return
+            cycle.disconnected = True
+            cycle.message_event.set()
+        body = error_body("openai", error.status, error.message)
+        self.transport.write(
+            b"HTTP/1.1 %b\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
+            % (status, len(body), body)
+        )
+        self.transport.write_eof()
+        self.loop.call_later(_LAST_WORDS_SECONDS, self.transport.abort)
+
+
+def head_bounded(limit: int) -> type[HeadBounded]:
+    """The protocol for heads up to a limit."""
+    return type("HeadBounded", (HeadBounded,), {"max_head": limit})
 
 
 def _raise_open_file_limit() -> None:

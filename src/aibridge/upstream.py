@@ -6,12 +6,14 @@ callers see `UpstreamError` and `UpstreamTimeout` only.
 """
 
 import asyncio
+import os
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from string import printable
 from typing import Final, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
@@ -29,6 +31,7 @@ Body = bytes | AsyncIterator[bytes]
 class UpstreamRequest:
     """A request to a provider. `headers` are sent as they are, without Host and, for a body of bytes, Content-Length.
 
+    The `url` goes out as it is encoded; characters beyond ASCII stand for bytes, as in latin-1, and are percent-encoded.
     A streamed `body` is sent with the Content-Length among the headers, or chunked where there is none.
     """
 
@@ -68,10 +71,14 @@ class Upstream(Protocol):
         """Close all connections."""
 
 
-# One write of this size is cheap; a larger body is sent in slices, so that other streams get their turn.
+# What the kernel takes at once is sent at once. A larger body goes in slices: one write of that size is cheap, and between
+# two of them other streams get their turn, and it shows whether the provider still reads.
+_AT_ONCE: Final = 64 * 1024
 _SLICE: Final = 256 * 1024
 _MAX_HEAD_BYTES: Final = 128 * 1024
+_MAX_HEAD_FIELDS: Final = 1000
 _READ_BUFFER: Final = 64 * 1024
+_FRAMING: Final = (b"content-length", b"transfer-encoding")
 # aiohttp adds these where they are missing. What the client did not send, the provider does not get.
 _AUTOMATIC: Final = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
 
@@ -80,11 +87,16 @@ class AiohttpUpstream:
     """Pooled keep-alive connections with aiohttp.
 
     Proxies are taken from HTTP_PROXY, HTTPS_PROXY and NO_PROXY, trusted certificates from the system (or SSL_CERT_FILE)
-    and the request's `ca_file`. `connect_timeout` and `idle_timeout` are in seconds; there is no limit on the whole.
+    and the request's `ca_file`. `connect_timeout` (look-up, connection, proxy and TLS together) and `idle_timeout` are in
+    seconds; there is no limit on the whole.
+
+    aiohttp writes header fields in UTF-8. Values in another encoding arrive in UTF-8 too: the one thing that is not relayed
+    byte for byte.
     """
 
     def __init__(self, *, connect_timeout: float = 10.0, idle_timeout: float = 600.0) -> None:
-        self._timeout = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=connect_timeout, sock_read=idle_timeout)
+        self._idle_timeout = idle_timeout
+        self._timeout = aiohttp.ClientTimeout(total=None, connect=connect_timeout, sock_read=idle_timeout)
         self._session: aiohttp.ClientSession | None = None
         self._tls: dict[str | None, ssl.SSLContext] = {}
         self._proxies = getproxies()
@@ -93,20 +105,21 @@ class AiohttpUpstream:
         """Send a request and wait for the response's head."""
         body = request.body
         fields = [(_text(name), _text(value)) for name, value in request.headers]
-        if isinstance(body, bytes) and len(body) > _SLICE:
+        if isinstance(body, bytes) and len(body) > _AT_ONCE:
             fields.append(("content-length", str(len(body))))
             body = _slices(body)
         try:
-            response = await self._open_session().request(
-                request.method,
-                URL(request.url, encoded=True),
-                data=body or None,
-                headers=CIMultiDict(fields),
-                skip_auto_headers=_AUTOMATIC,
-                allow_redirects=False,
-                proxy=self._proxy(request.url),
-                ssl=self._tls_context(request.ca_file) if request.url.startswith("https:") else True,
-            )
+            async with asyncio.timeout(None) as upload:
+                response = await self._open_session().request(
+                    request.method,
+                    URL(_target(request.url), encoded=True),
+                    data=(body if isinstance(body, bytes) else _watched(body, upload, self._idle_timeout)) or None,
+                    headers=CIMultiDict(fields),
+                    skip_auto_headers=_AUTOMATIC,
+                    allow_redirects=False,
+                    proxy=self._proxy(request.url),
+                    ssl=self._tls_context(request.ca_file) if request.url.startswith("https:") else True,
+                )
         except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
             raise _translated(error, "The provider could not be reached") from error
         return _AiohttpResponse(response)
@@ -120,7 +133,7 @@ class AiohttpUpstream:
     def _open_session(self) -> aiohttp.ClientSession:
         """The session, made on first use: it belongs to the event loop that runs by then."""
         if self._session is None:
-            self._session = aiohttp.ClientSession(
+            self._session = session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=60),
                 cookie_jar=aiohttp.DummyCookieJar(),  # one user's cookies are not another's
                 timeout=self._timeout,
@@ -128,7 +141,9 @@ class AiohttpUpstream:
                 read_bufsize=_READ_BUFFER,
                 max_line_size=_MAX_HEAD_BYTES,
                 max_field_size=_MAX_HEAD_BYTES,
+                max_headers=_MAX_HEAD_FIELDS,
             )
+            session._retry_connection = False  # noqa: SLF001  or it sends a GET again that nobody has answered
         return self._session
 
     def _tls_context(self, ca_file: str | None) -> ssl.SSLContext:
@@ -144,37 +159,100 @@ class AiohttpUpstream:
         if not self._proxies:
             return None
         parts = urlsplit(url)
-        return None if proxy_bypass(parts.netloc) else self._proxies.get(parts.scheme)
+        proxy = None if proxy_bypass(parts.netloc) else self._proxies.get(parts.scheme)
+        return f"http://{proxy}" if proxy and "://" not in proxy else proxy
 
 
 class _AiohttpResponse:
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
+        self._failure: UpstreamError | None = None
         headers = [(name.lower(), value) for name, value in response.raw_headers]
         self.head = ResponseHead(response.status, headers)
+        protocol = None if response.connection is None else response.connection.protocol
+        self._closed = None if protocol is None else protocol.closed
+        if self._closed is not None:
+            self._closed.add_done_callback(self._see_how_it_closed)
+            # A future wants its exception looked at, at last when the connection is idle; once for all its responses.
+            self._closed.remove_done_callback(asyncio.Future.exception)
+            self._closed.add_done_callback(asyncio.Future.exception)
 
     async def read(self) -> bytes:
+        if self._failure is not None:
+            raise self._failure
+        content = self._response.content
         try:
-            return await self._response.content.readany()
+            data = await content.readany()
+            if not data and (lost := content.exception()):
+                raise lost
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            raise _translated(error, "The provider's response broke off") from error
+            self._failure = _translated(error, "The provider's response broke off")
+            content.set_exception(None)  # type: ignore[arg-type]  # or it keeps back what had come before
+            data = content.read_nowait()
+            if not data:
+                raise self._failure from error
+        return data
 
     def close(self) -> None:
+        if self._closed is not None:
+            self._closed.remove_done_callback(self._see_how_it_closed)
         self._response.close()
+
+    def _see_how_it_closed(self, closed: asyncio.Future[None]) -> None:
+        """Two things that aiohttp overlooks: it waits on after chunks that it cannot read, and takes a reset for an end."""
+        content, reset = self._response.content, closed.exception()
+        ends_with_connection = not any(name in _FRAMING for name, _ in self.head.headers)
+        if content.exception() is None and (not content.is_eof() or (reset and ends_with_connection)):
+            content.set_exception(reset or aiohttp.ClientPayloadError())
 
 
 def _translated(error: Exception, what: str) -> UpstreamError:
-    if isinstance(error, TimeoutError):
-        return UpstreamTimeout(f"{what}: no answer in time.")
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
-    return UpstreamError(f"{what}: {reason}.")
+    match error:
+        case TimeoutError():
+            return UpstreamTimeout(f"{what}: no answer in time.")
+        case aiohttp.ClientConnectorCertificateError(certificate_error=ssl.SSLCertVerificationError() as reason):
+            return UpstreamError(f"{what}: its certificate is not trusted ({reason.verify_message}).")
+        case aiohttp.ClientHttpProxyError():
+            return UpstreamError(f"{what}: the proxy answers with HTTP {error.status}.")
+        case aiohttp.ClientResponseError():
+            return UpstreamError(f"{what}: its answer is not HTTP.")
+        case aiohttp.ServerDisconnectedError() | aiohttp.ClientPayloadError():
+            return UpstreamError(f"{what}: it closed the connection.")
+        case OSError(errno=int(number)) if number > 0:
+            return UpstreamError(f"{what}: {os.strerror(number)}.")  # its own text holds the address
+        case OSError(strerror=str(reason)):
+            return UpstreamError(f"{what}: {reason}.")
+    return UpstreamError(f"{what}: {type(error).__name__}.")
+
+
+def _target(url: str) -> str:
+    """What is no URL because of bytes beyond ASCII, as one."""
+    return url if url.isascii() else quote(url, safe=printable, encoding="latin-1")
 
 
 def _text(value: bytes) -> str:
-    """A header as text that aiohttp will write as the same bytes, which it encodes as UTF-8."""
+    """A header as text that aiohttp will write as the same bytes. It writes UTF-8; of other bytes the characters survive."""
     with suppress(UnicodeDecodeError):
         return value.decode()
     return value.decode("latin-1")
+
+
+async def _watched(body: AsyncIterator[bytes], upload: asyncio.Timeout, seconds: float) -> AsyncIterator[bytes]:
+    """The pieces of a body, of which the provider has to take each in time: aiohttp watches only what it reads.
+
+    How long the client takes to bring a piece does not count.
+    """
+    clock = asyncio.get_running_loop().time
+    async for piece in body:
+        _reschedule(upload, clock() + seconds)
+        yield piece
+        _reschedule(upload, None)
+    _reschedule(upload, clock() + seconds)
+
+
+def _reschedule(upload: asyncio.Timeout, when: float | None) -> None:
+    with suppress(RuntimeError):  # the response's head came before the end of the body: the watch is over
+        upload.reschedule(when)
 
 
 async def _slices(body: bytes) -> AsyncIterator[bytes]:

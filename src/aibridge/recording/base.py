@@ -1,6 +1,6 @@
 """The `Recorder` protocol, and the implementation that keeps everything in memory."""
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from aibridge.records import (
@@ -8,17 +8,23 @@ from aibridge.records import (
     InterceptionEnded,
     ModelThought,
     PromptUsage,
+    Record,
     TokenUsage,
     ToolUsage,
 )
+
+LossReport = Callable[[Record | None], None]
+"""Is told of a record that was durable and is lost all the same; None stands for one that cannot even be read."""
 
 
 class Recorder(Protocol):
     """Keeps records. Each method returns an awaitable that is done when the record is durable; ``async def`` will do.
 
-    The records of one interception come in order, its start first. What a method raises means that the record is lost.
+    The records of one interception come in order, its start first; nothing else of it comes before the start is done.
+    What a method raises means that the record is lost.
     A recorder that is an async context manager is entered and left together with the bridge.
-    A recorder may also have ``record_model_thought(record: ModelThought)``; without it thoughts are not kept.
+    A recorder may also have ``record_model_thought(record: ModelThought)``; without it thoughts are not kept. And it may
+    have ``report_losses(to: LossReport)``, by which it gets to know whom to tell of records that it loses later.
     """
 
     def record_interception(self, record: Interception, /) -> Awaitable[None]:

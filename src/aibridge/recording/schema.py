@@ -3,6 +3,7 @@
 import fcntl
 import os
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 
@@ -13,48 +14,72 @@ HEAD: Final = "0001"
 MIGRATIONS: Final = Path(__file__).parent / "migrations"
 
 
-def migrate(path: Path, lock_directory: Path) -> None:
-    """Bring a SQLite database up to date; processes that start together take turns. Raises sqlite3.Error or OSError."""
-    if _revision(path) == HEAD:
+def connect(path: Path, seconds: float) -> sqlite3.Connection:
+    """Connect to a database that is there; wait for others' locks that long. Raises sqlite3.Error."""
+    uri = f"{path.absolute().as_uri()}?mode=rw"
+    return sqlite3.connect(uri, uri=True, timeout=seconds, isolation_level=None, cached_statements=32)
+
+
+def migrate(path: Path, lock_directory: Path, seconds: float) -> None:
+    """Create a SQLite database, or bring it up to date; processes that start together take turns.
+
+    Raises sqlite3.Error or OSError.
+    """
+    if path.exists() and _revision(path, seconds) == HEAD:
         return
     lock_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = os.open(lock_directory / "migration.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if _revision(path) != HEAD:
-            _upgrade(path)
+        _create(path)
+        if _revision(path, seconds) != HEAD:
+            _upgrade(path, seconds)
     finally:
         os.close(lock)
 
 
-def _revision(path: Path) -> str | None:
-    database = sqlite3.connect(path, timeout=1.0)
-    try:
-        found = database.execute("SELECT version_num FROM alembic_version").fetchone()
-    except sqlite3.OperationalError as error:
-        if "no such table" in str(error):
-            return None
-        raise
-    finally:
-        database.close()
+def _create(path: Path) -> None:
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # What a database that was deleted has left must not be taken for a part of the new one.
+    for suffix in ("-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # prompts are nobody else's business
+
+
+def _revision(path: Path, seconds: float) -> str | None:
+    with closing(connect(path, seconds)) as database:
+        try:
+            found = database.execute("SELECT version_num FROM alembic_version").fetchone()
+        except sqlite3.OperationalError as error:
+            if "no such table" in str(error):
+                return None
+            raise
     return str(found[0]) if found else None
 
 
-def _upgrade(path: Path) -> None:
+def _upgrade(path: Path, seconds: float) -> None:
     from alembic import command  # noqa: PLC0415  only a new or an old database needs it
     from alembic.config import Config  # noqa: PLC0415
-    from sqlalchemy import URL, create_engine  # noqa: PLC0415
+    from alembic.util import CommandError  # noqa: PLC0415
+    from sqlalchemy import create_engine  # noqa: PLC0415
     from sqlalchemy.exc import DBAPIError  # noqa: PLC0415
     from sqlalchemy.pool import NullPool  # noqa: PLC0415
 
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
-    engine = create_engine(URL.create("sqlite", database=str(path)), poolclass=NullPool)
+    engine = create_engine("sqlite://", creator=lambda: connect(path, seconds), poolclass=NullPool)
     try:
         with engine.begin() as connection:
+            connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+            # All of it or nothing, whatever happens on the way. sqlite3 alone begins no transaction for DDL.
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
+    except CommandError as error:  # such as a revision that is not known
+        raise sqlite3.DatabaseError(f"the database is not one of this version of aibridge: {error}") from error
     except DBAPIError as error:
         if isinstance(error.orig, sqlite3.Error):
             raise error.orig from error

@@ -6,18 +6,18 @@ the last moments with it, but never the database's integrity (sqlite.org/pragma.
 
 import os
 import sqlite3
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
 import msgspec
-import uuid_utils
 
-from aibridge.recording.schema import migrate
-from aibridge.recording.spool import Spool
-from aibridge.recording.writer import RecordRejected, StoreUnavailable, Writer
+from aibridge.recording.base import LossReport
+from aibridge.recording.schema import connect, migrate
+from aibridge.recording.spool import UNENCODABLE, Spool
+from aibridge.recording.writer import StoreUnavailable, Writer
 from aibridge.records import (
     Interception,
     InterceptionEnded,
@@ -69,13 +69,12 @@ class SqliteRecorder:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        instance = str(uuid_utils.uuid7())
-        spool = Spool(self.path.with_name(self.path.name + "-spool"), instance)
+        self.path = Path(path).absolute()  # wherever the process goes from here
+        spool = Spool(self.path.with_name(self.path.name + "-spool"))
         self._writer = Writer(SqliteStore(self.path, spool), spool)
 
     async def __aenter__(self) -> Self:
-        """Open the database; close what a dead process left open. Raises OSError or sqlite3.Error."""
+        """Open the database; close what a dead process left open. Raises OSError, sqlite3.Error or `StoreUnavailable`."""
         await self._writer.start()
         return self
 
@@ -109,6 +108,25 @@ class SqliteRecorder:
         """The model thought aloud."""
         return self._writer.submit(record)
 
+    def report_losses(self, to: LossReport) -> None:
+        """Tell of records that were durable in the spool, and then could not be brought into the database."""
+        self._writer.report_losses(to)
+
+
+class UnknownInterception(Exception):
+    """An interception ended that is not in the database."""
+
+
+# What says that a record will never be taken, whatever the state of the database.
+_REJECTIONS: Final = (
+    sqlite3.DataError,
+    sqlite3.IntegrityError,
+    sqlite3.InterfaceError,
+    sqlite3.ProgrammingError,
+    *UNENCODABLE,
+    UnknownInterception,
+)
+
 
 class SqliteStore:
     """The database behind a `Writer`."""
@@ -122,93 +140,100 @@ class SqliteStore:
         self._open: dict[str, Interception] = {}
 
     def open(self) -> None:
-        """Connect, migrate, and let the other processes know that this one is alive. Raises OSError or sqlite3.Error."""
-        self._spool.acquire()
+        """Connect and migrate. Raises OSError or sqlite3.Error."""
         self._connect()
 
-    def write(self, records: Sequence[Record]) -> None:
-        """Write all of them in one transaction."""
+    def write(self, records: Sequence[Record], instance: str) -> Mapping[int, str]:
+        """Write all that can be written in one transaction."""
         try:
-            if self._database is None or self._file != _identity(self._path):
-                self._connect()
-                self._transaction(list(self._open.values()))
-            self._transaction(records)
+            rejected = self._write(records, instance)
             while self._file != _identity(self._path):  # deleted while we wrote: into a file that nobody can find
-                self._connect()
-                self._transaction([*self._open.values(), *records])
-        except (sqlite3.OperationalError, sqlite3.DatabaseError, OSError) as error:
+                rejected = self._write(records, instance)
+        except Exception as error:  # whatever it is: the spool keeps what the database does not
             self._disconnect()
             raise StoreUnavailable(str(error)) from error
-        for record in records:
-            if isinstance(record, Interception):
-                self._open[record.id] = record
-            elif isinstance(record, InterceptionEnded):
+        for index, record in enumerate(records):
+            if isinstance(record, InterceptionEnded):
                 self._open.pop(record.interception_id, None)
+            elif isinstance(record, Interception) and index not in rejected and instance == self._spool.instance:
+                self._open[record.id] = record
+        return rejected
 
     def close_interrupted(self, alive: Sequence[str]) -> int:
         """Close the interceptions that no process in `alive` has open."""
-        database = self._connected()
-        cursor = database.execute(_INTERRUPT, (_time(datetime.now(UTC)), msgspec.json.encode(alive).decode()))
+        try:
+            database = self._connected()
+            cursor = database.execute(_INTERRUPT, (_time(datetime.now(UTC)), msgspec.json.encode(alive).decode()))
+        except sqlite3.Error as error:
+            raise StoreUnavailable(str(error)) from error
         return cursor.rowcount
 
     def close(self) -> None:
         """Disconnect."""
         self._disconnect()
 
-    def _transaction(self, records: Sequence[Record]) -> None:
+    def _write(self, records: Sequence[Record], instance: str) -> Mapping[int, str]:
+        if self._database is None or self._file != _identity(self._path):
+            self._connect()
+            self._transaction(list(self._open.values()), self._spool.instance)
+        return self._transaction(records, instance)
+
+    def _transaction(self, records: Sequence[Record], instance: str) -> Mapping[int, str]:
         database = self._connected()
         database.execute("BEGIN IMMEDIATE")
         try:
-            for statement, rows in self._statements(records):
-                database.executemany(statement, rows)
+            try:
+                self._execute(records, instance)
+                rejected: Mapping[int, str] = {}
+            except _REJECTIONS:
+                database.execute("ROLLBACK")
+                database.execute("BEGIN IMMEDIATE")
+                rejected = self._execute_one_by_one(records, instance)
             database.execute("COMMIT")
-        except (sqlite3.IntegrityError, sqlite3.InterfaceError, sqlite3.ProgrammingError, *_UNBINDABLE):
-            database.execute("ROLLBACK")
-            self._reject_one(records)
-            raise
         except BaseException:
             if database.in_transaction:
                 database.execute("ROLLBACK")
             raise
+        return rejected
 
-    def _statements(self, records: Sequence[Record]) -> Iterable[tuple[str, list[tuple[Any, ...]]]]:
+    def _execute_one_by_one(self, records: Sequence[Record], instance: str) -> Mapping[int, str]:
+        """Answers which of the records the database does not take. Each is one statement, which does all or nothing."""
+        rejected: dict[int, str] = {}
+        for index, record in enumerate(records):
+            try:
+                if isinstance(record, InterceptionEnded) and record.interception_id in self._open:
+                    self._execute([self._open[record.interception_id]], instance)  # somebody may have deleted the row
+                self._execute([record], instance)
+            except _REJECTIONS as error:
+                rejected[index] = type(error).__name__
+        return rejected
+
+    def _execute(self, records: Sequence[Record], instance: str) -> None:
+        database = self._connected()
         for kind, statement in _INSERTS.items():
-            extra = (self._spool.instance, "in_progress") if kind is Interception else ()
+            extra = (instance, "in_progress") if kind is Interception else ()
             rows = [_row(record, extra) for record in records if type(record) is kind]
             if rows:
-                yield statement, rows
+                database.executemany(statement, rows)
         ends = [
             (_time(end.ended_at), end.status, end.http_status, end.error, end.time_to_first_byte_ms, end.interception_id)
             for end in records
             if isinstance(end, InterceptionEnded)
         ]
-        if ends:
-            yield _END, ends
-
-    def _reject_one(self, records: Sequence[Record]) -> None:
-        """Find the record that the database does not take, by writing each on its own, and raise `RecordRejected`."""
-        database = self._connected()
-        for index, record in enumerate(records):
-            database.execute("BEGIN")
-            try:
-                for statement, rows in self._statements([record]):
-                    database.executemany(statement, rows)
-            except (sqlite3.IntegrityError, sqlite3.InterfaceError, sqlite3.ProgrammingError, *_UNBINDABLE) as error:
-                raise RecordRejected(index, type(error).__name__) from error
-            finally:
-                database.execute("ROLLBACK")
+        if ends and database.executemany(_END, ends).rowcount < len(ends):
+            raise UnknownInterception
 
     def _connected(self) -> sqlite3.Connection:
         if self._database is None:
-            raise StoreUnavailable("not connected")
+            raise sqlite3.OperationalError("not connected")
         return self._database
 
     def _connect(self) -> None:
         self._disconnect()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))  # prompts are nobody else's business
-        migrate(self._path, self._spool.directory)
-        database = sqlite3.connect(self._path, timeout=_BUSY_SECONDS, isolation_level=None, cached_statements=32)
+        self._spool.acquire()  # who deleted the database may have deleted the spool with it
+        migrate(self._path, self._spool.directory, _BUSY_SECONDS)
+        file = _identity(self._path)
+        database = connect(self._path, _BUSY_SECONDS)
         try:
             database.execute("PRAGMA journal_mode = WAL")
             database.execute("PRAGMA synchronous = NORMAL")
@@ -216,16 +241,12 @@ class SqliteStore:
             database.close()
             raise
         self._database = database
-        self._file = _identity(self._path)
+        self._file = file
 
     def _disconnect(self) -> None:
         database, self._database = self._database, None
         if database is not None:
             database.close()
-
-
-# What binding a value raises that is no SQL error: an integer over 64 bits, text that is not Unicode, a type without a form.
-_UNBINDABLE: Final = (OverflowError, UnicodeError, TypeError, ValueError)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

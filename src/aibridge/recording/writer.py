@@ -1,6 +1,6 @@
 r"""One bounded queue, one writer thread, one transaction for all that has gathered.
 
-Every record gets an awaitable that is done when the record is durable. Records keep their order. Theory of operation:
+Every record gets a future that is done when the record is durable. Records keep their order. Theory of operation:
 
     submit -> queue -> batch -> store.write(batch)        the ordinary case: one commit for the batch
                              \-> spool.append(batch)      the store cannot take it: durable on disk all the same
@@ -8,6 +8,10 @@ Every record gets an awaitable that is done when the record is durable. Records 
 
 While the spool holds records, everything new goes behind them, and they are replayed as soon as the store takes them.
 Writing a record twice changes nothing, so a crash between commit and truncation is harmless.
+
+The bound holds back what begins, not what is under way. While the queue is full the starts of interceptions wait in
+line, and with them their requests: nothing goes upstream that is not recorded. So the queue never holds more than its
+bound and what the interceptions under way, which cannot become more, have to say; and they do not wait behind newcomers.
 """
 
 import asyncio
@@ -16,12 +20,15 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Final, Protocol
 
 from aibridge.errors import RecordingFailed
-from aibridge.recording.spool import Spool
-from aibridge.records import Record
+from aibridge.recording.base import LossReport
+from aibridge.recording.spool import Batch, Spool
+from aibridge.records import Interception, Record
 
 logger = logging.getLogger(__name__)
 
@@ -33,31 +40,30 @@ _PAUSE_SECONDS: Final = 0.05
 
 
 class StoreUnavailable(Exception):
-    """The database cannot take records now: locked, read-only, full, gone. Nothing of the batch was written."""
-
-
-class RecordRejected(Exception):
-    """The database will never take this record. Nothing of the batch was written. `index` is its place in the batch."""
-
-    def __init__(self, index: int, reason: str) -> None:
-        super().__init__(reason)
-        self.index = index
+    """The database cannot take records now: locked, read-only, full, gone. Nothing was written."""
 
 
 class Store(Protocol):
     """A database, used from the writer's thread alone."""
 
     def open(self) -> None:
-        """Connect and bring the schema up to date. What it raises stops the recorder from starting."""
+        """Connect and bring the schema up to date. What it raises stops the recorder from starting.
 
-    def write(self, records: Sequence[Record]) -> None:
-        """Write all of them in one transaction; those that are there already are left as they are.
+        The spool is acquired by then, so that others know that this process is alive.
+        """
 
-        Raises `StoreUnavailable` or `RecordRejected`.
+    def write(self, records: Sequence[Record], instance: str) -> Mapping[int, str]:
+        """Write them in one transaction, as records of that instance; those that are there already stay as they are.
+
+        Answers which of them the database will never take, by their place, and why; all others were written. Raises
+        `StoreUnavailable`.
         """
 
     def close_interrupted(self, alive: Sequence[str]) -> int:
-        """Close the interceptions that no process in `alive` has open, as ``interrupted``. Answers how many there were."""
+        """Close the interceptions that no instance in `alive` has open, as ``interrupted``. Answers how many there were.
+
+        Raises `StoreUnavailable`.
+        """
 
     def close(self) -> None:
         """Disconnect."""
@@ -72,85 +78,132 @@ class _Item:
 
 
 class Writer:
-    """The queue and its thread. Starts with the first record, or with `start`."""
+    """The queue and its thread. Starts with the first record, or with `start`, and again after `stop`."""
 
     def __init__(self, store: Store, spool: Spool, *, max_queued: int = MAX_QUEUED) -> None:
         self._store = store
         self._spool = spool
         self._max_queued = max_queued
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
-        self._waiting: deque[asyncio.Future[None]] = deque()  # for room in the queue; touched in the event loop only
+        self._held_back: deque[_Item] = deque()  # starts that wait for room; touched in the event loop only
         self._thread: threading.Thread | None = None
+        self._stopping: threading.Thread | None = None
         self._opened: asyncio.Future[None] | None = None
-        self._store_retry_at = 0.0
+        self._loss_reports: list[LossReport] = []
+        self._store_failed = False
+        self._retry_store_at = 0.0
+        self._failing_since: float | None = None
 
     async def start(self) -> None:
         """Open the store, replay what dead processes left in their spools, close their interceptions.
 
-        Raises what `Store.open` raises.
+        Raises what `Store.open` raises, and `StoreUnavailable`.
         """
         await asyncio.shield(self._ensure_started())
 
-    def submit(self, record: Record) -> Awaitable[None]:
-        """Queue a record. The awaitable is done when it is durable; it raises `RecordingFailed` when it is lost."""
+    def submit(self, record: Record) -> asyncio.Future[None]:
+        """Queue a record. The future is done when it is durable; it raises `RecordingFailed` when the record is lost."""
         _ = self._ensure_started()
-        if self._queue.qsize() >= self._max_queued:
-            return self._submit_when_there_is_room(record)
-        return self._enqueue(record)
+        item = _Item(record, _future())
+        if isinstance(record, Interception) and (self._held_back or self._queue.qsize() >= self._max_queued):
+            self._held_back.append(item)
+        else:
+            self._queue.put(item)
+        return item.future
 
     async def stop(self) -> None:
         """Write what is queued and end the thread."""
         thread, self._thread = self._thread, None
         if thread is not None:
+            self._stopping = thread
+            self._admit(len(self._held_back))
             self._queue.put(None)
             await asyncio.get_running_loop().run_in_executor(None, thread.join)
 
+    def report_losses(self, to: LossReport) -> None:
+        """Tell, in the event loop, of each record that is lost after its future was done."""
+        self._loss_reports.append(to)
+
+    # ---- in the event loop ----
+
     def _ensure_started(self) -> asyncio.Future[None]:
         if self._thread is None or self._opened is None:
-            self._opened = asyncio.get_running_loop().create_future()
-            self._opened.add_done_callback(_retrieved)
-            self._thread = threading.Thread(target=self._run, args=(self._opened,), name="aibridge-recorder", daemon=True)
+            self._opened = _future()
+            self._thread = threading.Thread(
+                target=self._run, args=(self._opened, self._stopping), name="aibridge-recorder", daemon=True
+            )
             self._thread.start()
         return self._opened
 
-    def _enqueue(self, record: Record) -> asyncio.Future[None]:
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        future.add_done_callback(_retrieved)
-        self._queue.put(_Item(record, future))
-        return future
+    def _admit(self, count: int) -> None:
+        for _ in range(min(count, len(self._held_back))):
+            self._queue.put(self._held_back.popleft())
 
-    async def _submit_when_there_is_room(self, record: Record) -> None:
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
-        await turn
-        await self._enqueue(record)
+    def _complete(self, batch: Sequence[_Item], failed: Mapping[int, str]) -> None:
+        for index, item in enumerate(batch):
+            _settle(item.future, RecordingFailed(failed[index]) if index in failed else None)
+        self._admit(self._max_queued - self._queue.qsize())
+
+    def _not_opened(self, opened: asyncio.Future[None], error: Exception) -> None:
+        """Nothing that was queued can be kept; the next record tries again."""
+        if self._opened is opened:
+            self._thread = None
+        _settle(opened, error)
+        self._admit(len(self._held_back))
+        with suppress(queue.Empty):
+            while True:
+                item = self._queue.get_nowait()
+                if item is not None:
+                    _settle(item.future, RecordingFailed(f"the database cannot be opened: {error}"))
 
     # ---- the writer's thread ----
 
-    def _run(self, opened: asyncio.Future[None]) -> None:
+    def _run(self, opened: asyncio.Future[None], before: threading.Thread | None) -> None:
+        if before is not None:  # it may still be stopping, and has the store until it has ended
+            before.join()
         try:
-            self._store.open()
-            self._recover()
+            self._open()
         except Exception as error:  # noqa: BLE001  whatever it is, the caller of start() gets to know
-            failure: Exception = error
-            _in_loop(opened, lambda: _settle(opened, failure))
-            self._refuse_all()
+            self._close()
+            _in_loop(opened, partial(self._not_opened, opened, error))
             return
-        _in_loop(opened, lambda: _settle(opened, None))
-        try:
-            while (batch := self._next_batch()) is not None:
+        _in_loop(opened, partial(_settle, opened, None))
+        while (batch := self._next_batch()) is not None:
+            try:
                 self._keep(batch)
-        finally:
-            self._replay(force=True)
-            self._spool.release()
-            self._store.close()
+            except Exception:  # a thread that died would leave everybody waiting
+                logger.exception("the recorder failed")
+                self._answer(batch, dict.fromkeys(range(len(batch)), "the recorder failed"))
+        self._replay(force=True)
+        self._close()
+
+    def _open(self) -> None:
+        self._spool.acquire()
+        self._store.open()
+        give_up_at = time.monotonic() + _GIVE_UP_SECONDS
+        while True:  # a process that shares the database may be at its busiest
+            try:
+                self._recover()
+            except StoreUnavailable:
+                if time.monotonic() >= give_up_at:
+                    raise
+                time.sleep(_PAUSE_SECONDS)
+            else:
+                return
 
     def _recover(self) -> None:
-        for records in self._spool.left_behind():
-            self._write_each(records)
-        closed = self._store.close_interrupted([self._spool.instance, *self._spool.alive()])
+        for batch in self._spool.left_behind():
+            self._write_waiting(batch)
+        closed = self._store.close_interrupted(self._spool.alive())
         if closed:
             logger.warning("closed %d interceptions that a dead process had left open", closed)
+
+    def _close(self) -> None:
+        try:
+            self._spool.release()
+        except OSError as error:
+            logger.warning("the spool file cannot be removed: %s", error)
+        self._store.close()
 
     def _next_batch(self) -> list[_Item] | None:
         """What has gathered in the queue, at least one record; None at the end. Uses idle time to replay the spool."""
@@ -172,79 +225,100 @@ class Writer:
     def _wait_for_one(self) -> _Item | None:
         while True:
             try:
-                return self._queue.get(timeout=_RETRY_STORE_SECONDS if self._spool.size else None)
+                return self._queue.get(timeout=_RETRY_STORE_SECONDS if self._spool.waiting else None)
             except queue.Empty:
                 self._replay()
 
-    def _keep(self, batch: list[_Item]) -> None:
+    def _keep(self, batch: Sequence[_Item]) -> None:
         """Make a batch durable, in the database or in the spool, or fail it."""
-        give_up_at = time.monotonic() + _GIVE_UP_SECONDS
-        while batch:
+        records = [item.record for item in batch]
+        while True:
+            self._replay()
             try:
-                self._replay()
-                if not self._spool.size and time.monotonic() >= self._store_retry_at:
-                    self._store.write([item.record for item in batch])
-                else:  # behind what is there already, so that the order is kept
-                    self._spool.append([item.record for item in batch])
-            except RecordRejected as error:
-                self._answer([batch.pop(error.index)], RecordingFailed(f"the database rejects the record: {error}"))
+                if self._spool.waiting or not self._store_is_due:  # behind what is there already: the order is kept
+                    rejected = self._spool.append(records)
+                else:
+                    rejected = self._store.write(records, self._spool.instance)
+                    self._available()
             except StoreUnavailable as error:
                 self._unavailable(error)
             except OSError as error:
-                if time.monotonic() >= give_up_at:
-                    self._answer(batch, RecordingFailed(f"neither database nor spool take records: {error.strerror}"))
+                if self._is_hopeless():
+                    reason = f"neither database nor spool take records: {error.strerror}"
+                    self._answer(batch, dict.fromkeys(range(len(batch)), reason))
                     return
                 time.sleep(_PAUSE_SECONDS)  # in the writer's own thread: for a disk to get room, a lock to end
-                self._store_retry_at = 0.0
+                self._retry_store_at = 0.0
             else:
-                self._answer(batch, None)
+                self._failing_since = None
+                self._answer(batch, {index: f"the record cannot be stored: {why}" for index, why in rejected.items()})
                 return
+
+    def _is_hopeless(self) -> bool:
+        """Whether neither database nor spool have taken a record for a while."""
+        now = time.monotonic()
+        if self._failing_since is None:
+            self._failing_since = now
+        return now - self._failing_since >= _GIVE_UP_SECONDS
 
     def _replay(self, *, force: bool = False) -> None:
-        """Move the spool's records into the store, if it takes them again."""
-        if not self._spool.size or (time.monotonic() < self._store_retry_at and not force):
+        """Move the spool's records into the store, as far as it takes them."""
+        if not self._spool.waiting or not (force or self._store_is_due):
             return
+        replayed = 0
         try:
-            replayed = 0
-            for records in self._spool.batches():
-                self._write_each(records)
-                replayed += len(records)
-            self._spool.clear()
-            logger.warning("replayed %d records from the spool", replayed)
+            while (batch := self._spool.next_batch()) is not None:
+                self._write_waiting(batch)
+                self._spool.forget(batch)
+                replayed += len(batch.records)
         except (StoreUnavailable, OSError) as error:
             self._unavailable(error)
+        else:
+            self._available()
+        if replayed:
+            logger.warning("replayed %d records from the spool", replayed)
 
-    def _write_each(self, records: list[Record]) -> None:
+    def _write_waiting(self, batch: Batch) -> None:
         """Write records that nobody waits for any more. Raises `StoreUnavailable`."""
-        records = list(records)
-        while records:
-            try:
-                self._store.write(records)
-                return
-            except RecordRejected as error:
-                logger.error("record lost: the database rejects %s: %s", type(records[error.index]).__name__, error)  # noqa: TRY400
-                del records[error.index]
+        rejected = self._store.write(batch.records, batch.instance)
+        for index, why in rejected.items():
+            record = batch.records[index]
+            logger.error("record lost: %s cannot be stored: %s", type(record).__name__, why)
+            self._report_loss(record)
+        for _ in range(batch.damaged):
+            logger.error("record lost: a line of the spool cannot be read")
+            self._report_loss(None)
+
+    def _report_loss(self, record: Record | None) -> None:
+        for report in self._loss_reports:
+            if self._opened is not None:
+                _in_loop(self._opened, partial(report, record))
+
+    @property
+    def _store_is_due(self) -> bool:
+        return time.monotonic() >= self._retry_store_at
+
+    def _available(self) -> None:
+        if self._store_failed:
+            self._store_failed = False
+            logger.warning("the database takes records again")
 
     def _unavailable(self, error: Exception) -> None:
-        if time.monotonic() >= self._store_retry_at:
+        if not self._store_failed:
+            self._store_failed = True
             logger.warning("the database cannot take records, they go to the spool: %s", error)
-        self._store_retry_at = time.monotonic() + _RETRY_STORE_SECONDS
+        self._retry_store_at = time.monotonic() + _RETRY_STORE_SECONDS
 
-    def _answer(self, batch: Sequence[_Item], error: Exception | None) -> None:
+    def _answer(self, batch: Sequence[_Item], failed: Mapping[int, str]) -> None:
         """Complete the futures, with one wake-up of the event loop for all of them."""
+        _in_loop(batch[-1].future, partial(self._complete, batch, failed))
 
-        def complete() -> None:
-            for item in batch:
-                _settle(item.future, error)
-            while self._waiting and self._queue.qsize() < self._max_queued:
-                _settle(self._waiting.popleft(), None)
 
-        _in_loop(batch[0].future, complete)
-
-    def _refuse_all(self) -> None:
-        """The store did not open: nothing that was queued can be kept."""
-        while (item := self._queue.get()) is not None:
-            self._answer([item], RecordingFailed("the database could not be opened"))
+def _future() -> asyncio.Future[None]:
+    """A future that may fail without anybody waiting for it any more, which is not worth a warning."""
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return future
 
 
 def _in_loop(future: asyncio.Future[None], call: Callable[[], object]) -> None:
@@ -255,15 +329,9 @@ def _in_loop(future: asyncio.Future[None], call: Callable[[], object]) -> None:
 
 
 def _settle(future: asyncio.Future[None], error: Exception | None) -> None:
-    if future.done():  # cancelled: its waiter has gone
+    if future.done() or future.get_loop().is_closed():  # its waiter has gone
         return
     if error is None:
         future.set_result(None)
     else:
         future.set_exception(error)
-
-
-def _retrieved(future: asyncio.Future[None]) -> None:
-    """Nobody may wait for a future any more when it fails; that is not worth a warning."""
-    if not future.cancelled():
-        future.exception()

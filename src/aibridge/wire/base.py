@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
+from msgspec import Raw
+
 from aibridge.errors import BadRequest, ProviderKind
 from aibridge.wire.coding import CodingError, decode
-from aibridge.wire.reading import Members, Unreadable, is_object, parse_object
+from aibridge.wire.reading import Members, Unreadable, boolean, is_null, is_object, members, parse_object, text
 
 Headers = Sequence[tuple[bytes, bytes]]
 """Header fields in the order they came; names in lower case, values as sent."""
@@ -95,6 +97,20 @@ class Request:
     """Content coding of `body`. A compressed body is forwarded as sent and never edited."""
     hides_usage: bool = False
     """The bridge asked for a usage chunk that the client did not ask for, and takes it out of the response."""
+
+
+def error_text(error: Raw | None) -> str | None:
+    """The words of an ``error`` member: an object with a type or code and a message, or a string.
+
+    None where there is no error: compatible servers send null, false or an empty string beside a good answer.
+    """
+    if error is None or is_null(error) or boolean(error) is False:
+        return None
+    if (plain := text(error)) is not None:
+        return plain or None
+    parts = members(error)
+    kind = text(parts.get("type")) or text(parts.get("code")) or "error"
+    return f"{kind}: {text(parts.get('message')) or ''}"
 
 
 class ResponseReader(ABC):

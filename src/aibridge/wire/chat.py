@@ -17,6 +17,7 @@ from aibridge.wire.base import (
     ToolCall,
     Usage,
     WireFormat,
+    error_text,
 )
 from aibridge.wire.reading import (
     Members,
@@ -29,7 +30,7 @@ from aibridge.wire.reading import (
     parse_object,
     text,
 )
-from aibridge.wire.splicing import member_span
+from aibridge.wire.splicing import member_span, without_member
 from aibridge.wire.sse import Frame, SseDecoder
 
 DONE: Final = b"[DONE]"
@@ -102,7 +103,7 @@ def _with_include_usage(body: bytes) -> bytes:
     span = member_span(body, "stream_options")
     if span is None:
         end = body.rindex(b"}")
-        return body[:end].rstrip() + b',"stream_options":{"include_usage":true}' + body[end:]
+        return body[:end] + b',"stream_options":{"include_usage":true}' + body[end:]
     start, end = span
     options = body[start:end]
     if options == b"null":
@@ -111,7 +112,7 @@ def _with_include_usage(body: bytes) -> bytes:
     if wanted is not None:
         edited = options[: wanted[0]] + b"true" + options[wanted[1] :]
     else:
-        comma = b"," if members(options) else b""
+        comma = b"" if options[1:].lstrip().startswith(b"}") else b","
         edited = b'{"include_usage":true' + comma + options[1:]
     return body[:start] + edited + body[end:]
 
@@ -131,8 +132,9 @@ class UsageFilter:
         return b"".join(map(_without_usage, self._decoder.feed(chunk)))
 
     def rest(self) -> bytes:
-        """A frame that the end of the stream left without its blank line."""
-        return self._decoder.rest
+        """What of a frame the end of the stream left without its blank line, which clients read all the same."""
+        rest = self._decoder.rest
+        return b"".join(_without_usage(replace(frame, raw=rest)) for frame in self._decoder.feed(b"\n\n")[:1])
 
 
 def _without_usage(frame: Frame) -> bytes:
@@ -140,19 +142,14 @@ def _without_usage(frame: Frame) -> bytes:
         return frame.raw
     chunk = members(frame.data)
     usage, choices = chunk.get("usage"), chunk.get("choices")
-    if usage is None or choices is None:
+    if usage is None or choices is None or error_text(chunk.get("error")) is not None:
         return frame.raw
     if not is_null(usage):
         return b"" if bytes(choices).translate(None, b" \t\r\n") == b"[]" else frame.raw
-    span = member_span(frame.data, "usage")
-    at = frame.raw.find(frame.data)
-    if span is None or at < 0:  # data on several lines: leave it alone
+    try:
+        return frame.raw.replace(frame.data, without_member(frame.data, "usage"))
+    except Unreadable:
         return frame.raw
-    start, end = frame.raw.rindex(b'"usage"', 0, at + span[0]), at + span[1]
-    before, after = frame.raw[:start].rstrip(), frame.raw[end:].lstrip()
-    if before.endswith(b","):
-        return before[:-1] + frame.raw[end:]
-    return frame.raw[:start] + after.removeprefix(b",")
 
 
 class _Call:
@@ -295,17 +292,6 @@ class ChatReader(ResponseReader):
         if (error := error_text(chunk.get("error"))) is not None:
             self._error = error
             self.finished = True
-
-
-def error_text(error: Raw | None) -> str | None:
-    """The words of an ``error`` member: an object with a type or code and a message, or a string; None where null."""
-    if error is None or is_null(error):
-        return None
-    if (plain := text(error)) is not None:
-        return plain or None
-    parts = members(error)
-    kind = text(parts.get("type")) or text(parts.get("code")) or "error"
-    return f"{kind}: {text(parts.get('message')) or ''}"
 
 
 def chat_usage(raw: Raw | None) -> Usage | None:

@@ -66,11 +66,12 @@ class _Bounded:
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
         try:
-            for piece in self._inner.feed(chunk):
-                self._left -= len(piece)
-                if self._left < 0:
-                    raise CodingError("decodes to more than the bound")
-                yield piece
+            for start in range(0, len(chunk), _PIECE):  # in slices: decoders copy what they have not used yet
+                for piece in self._inner.feed(chunk[start : start + _PIECE]):
+                    self._left -= len(piece)
+                    if self._left < 0:
+                        raise CodingError("decodes to more than the bound")
+                    yield piece
         except (zlib.error, brotli.error, zstd.ZstdError, EOFError) as error:
             raise CodingError(type(error).__name__) from None
 
@@ -114,7 +115,8 @@ class _Brotli:
         piece = self._inner.process(chunk, output_buffer_limit=_PIECE)
         while piece:
             yield piece
-            piece = b"" if self._inner.can_accept_more_data() else self._inner.process(b"", output_buffer_limit=_PIECE)
+            # `can_accept_more_data` says yes while there is still output inside, so ask for it.
+            piece = self._inner.process(b"", output_buffer_limit=_PIECE)
 
 
 class _Zstd:

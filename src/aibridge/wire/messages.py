@@ -17,8 +17,9 @@ from aibridge.wire.base import (
     ToolCall,
     Usage,
     WireFormat,
+    error_text,
 )
-from aibridge.wire.reading import Members, boolean, integer, items, members, parse_object, source, text
+from aibridge.wire.reading import MAX_INTEGER, Members, boolean, integer, items, members, parse_object, source, text
 
 # Clients before 2026 put the session into `metadata.user_id` as user_<hash>_account_<uuid>_session_<uuid>, Claude Code now
 # sends a JSON object in a string (clients.md 2).
@@ -129,7 +130,8 @@ class MessagesReader(ResponseReader):
         self._usage: dict[str, Raw] = {}
         self._usage_is_final = False
         self._fallback = False
-        self._blocks: dict[int, _Block] = {}
+        self._blocks: list[_Block] = []
+        self._open: dict[int, _Block] = {}  # those among them that the stream is writing, by index
         self._stop_reason: str | None = None
         self._error: str | None = None
 
@@ -138,13 +140,13 @@ class MessagesReader(ResponseReader):
         event = parse_object(data)
         match text(event.get("type")):
             case "content_block_delta":
-                block = self._blocks.get(integer(event.get("index")) or 0)
+                block = self._open.get(integer(event.get("index")) or 0)
                 if block is not None:
                     self._read_delta(block, members(event.get("delta")))
             case "content_block_start":
                 self._open_block(integer(event.get("index")) or 0, members(event.get("content_block")))
             case "content_block_stop":
-                block = self._blocks.get(integer(event.get("index")) or 0)
+                block = self._open.pop(integer(event.get("index")) or 0, None)
                 if block is not None:
                     block.complete = True
             case "message_start":
@@ -155,28 +157,24 @@ class MessagesReader(ResponseReader):
                     self._read_usage(members(event.get("usage")))
                     self._usage_is_final = True
             case "message_stop":
-                self.finished = True
+                self._finish()
             case "error":
-                self._read_error(event)
+                self._error = error_text(event.get("error")) or "error"
+                self.finished = True
 
     def read_body(self, body: bytes) -> None:
         """Take in a whole JSON body."""
         message = parse_object(body)
-        if "error" in message:
-            self._read_error(message)
-            return
+        self._error = error_text(message.get("error"))
         self._read_message(message)
         self._usage_is_final = True
         self._stop_reason = text(message.get("stop_reason"))
         for index, raw in enumerate(items(message.get("content"))):
-            block = self._open_block(index, members(raw))
-            if block is not None:
-                block.complete = True
-        self.finished = True
+            self._open_block(index, members(raw))
+        self._finish()
 
     def facts(self) -> ResponseFacts:
         """What has been read so far. A thought that broke off is still a thought; a tool call that did was never made."""
-        blocks = [block for _, block in sorted(self._blocks.items())]
         usage = _usage(self._usage) if self._usage else None
         completeness: Completeness
         if usage is None:
@@ -188,8 +186,8 @@ class MessagesReader(ResponseReader):
             model=self._model,
             usage=usage,
             completeness="partial" if self._error else completeness,
-            tool_calls=tuple(block.call() for block in blocks if block.complete and _is_call(block.kind)),
-            thoughts=tuple(block.thought() for block in blocks if not _is_call(block.kind)),
+            tool_calls=tuple(block.call() for block in self._blocks if block.complete and _is_call(block.kind)),
+            thoughts=tuple(block.thought() for block in self._blocks if not _is_call(block.kind)),
             stop_reason=self._stop_reason,
             error=self._error,
         )
@@ -203,14 +201,19 @@ class MessagesReader(ResponseReader):
         self._model = text(message.get("model")) or self._model
         self._read_usage(members(message.get("usage")))
 
-    def _open_block(self, index: int, block: Members) -> _Block | None:
+    def _open_block(self, index: int, block: Members) -> None:
         kind = text(block.get("type")) or ""
         if kind == "fallback":  # another model took over: its figures replace those of the first (wire.md A8)
             self._fallback = True
             self._model = text(members(block.get("to")).get("model")) or self._model
-        if not (_is_call(kind) or kind in ("thinking", "redacted_thinking")):
-            return None
-        return self._blocks.setdefault(index, _Block(kind, block))
+        if _is_call(kind) or kind in ("thinking", "redacted_thinking"):
+            self._open[index] = _Block(kind, block)
+            self._blocks.append(self._open[index])
+
+    def _finish(self) -> None:
+        for block in self._blocks:  # also those that a compatible server did not stop
+            block.complete = True
+        self.finished = True
 
     def _read_delta(self, block: _Block, delta: Members) -> None:
         match text(delta.get("type")):
@@ -229,11 +232,6 @@ class MessagesReader(ResponseReader):
                 if known is not None and known > (integer(raw) or 0):
                     continue
             self._usage[name] = raw
-
-    def _read_error(self, event: Members) -> None:
-        error = members(event.get("error"))
-        self._error = f"{text(error.get('type')) or 'error'}: {text(error.get('message')) or ''}"
-        self.finished = True
 
 
 def _is_call(kind: str) -> bool:
@@ -254,4 +252,5 @@ def _usage(usage: Mapping[str, Raw]) -> Usage:
 
 def _total(counted: list[Mapping[str, Raw]] | list[Members], usage: Mapping[str, Raw], name: str) -> int | None:
     reported = [count for entry in counted if (count := integer(entry.get(name))) is not None]
-    return sum(reported) if reported else integer(usage.get(name))
+    total = sum(reported)
+    return total if reported and total <= MAX_INTEGER else integer(usage.get(name))

@@ -13,7 +13,9 @@ MAX_BODY_BYTES: Final = 64 * 1024 * 1024
 """How much of a blocking response is kept to be read at its end. Beyond it the response passes and is not read."""
 
 _MAX_NOTES: Final = 10
+_MAX_LENGTH_DIGITS: Final = 18
 _SUCCESS: Final = range(200, 300)
+_BODILESS: Final = (204, 304)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,11 @@ class ResponseHead:
         return self.status in _SUCCESS
 
     @property
+    def bodiless(self) -> bool:
+        """The head is the whole response (RFC 9112 section 6.3)."""
+        return self.status in _BODILESS or self.content_length == 0
+
+    @property
     def coding(self) -> str:
         """The content coding of the body, empty where there is none."""
         coding = self.header(b"content-encoding").strip().lower()
@@ -42,7 +49,7 @@ class ResponseHead:
     def content_length(self) -> int | None:
         """The declared length of the body in bytes."""
         value = self.header(b"content-length").strip()
-        return int(value) if value.isascii() and value.isdigit() else None
+        return int(value) if value.isascii() and value.isdigit() and len(value) <= _MAX_LENGTH_DIGITS else None
 
     def is_stream(self, *, requested: bool) -> bool:
         """Whether the body is a stream of events: it says so, or one was requested and it does not say otherwise."""
@@ -60,6 +67,8 @@ class Observer:
         self._body: list[bytes] = []
         self._size = 0
         self._notes: list[str] = []
+        self._torn = False  # the stream has ended inside an event
+        self._missed = False  # an event was too large to be read, so it may have been the last one
         self._decoder: Decoder | None = None
         with self._noting():
             self._decoder = decoder(head.coding)
@@ -72,12 +81,12 @@ class Observer:
     @property
     def ends_at_eof(self) -> bool:
         """Whether the response is whole if the connection closes cleanly now."""
-        return self._sse is None or self._decoder is None or self._reader.ends_at_eof
+        return self._sse is None or self._decoder is None or self._missed or self._reader.ends_at_eof
 
     @property
     def at_boundary(self) -> bool:
         """Whether an event can be added to the stream here."""
-        return self._sse is None or self._sse.at_boundary
+        return self._sse is None or (self._sse.at_boundary and not self._torn)
 
     def feed(self, chunk: bytes) -> None:
         """Read the next bytes of the body."""
@@ -98,7 +107,8 @@ class Observer:
             with self._noting():
                 self._reader.read_body(body)
             self._body.clear()
-        elif self._sse is not None and not self._sse.at_boundary:
+        elif self._sse is not None and not (self.finished or self._sse.at_boundary):
+            self._torn = True
             for frame in self._sse.feed(b"\n\n"):  # clients accept a last event without its blank line (wire.md E)
                 self._read(frame.data)
 
@@ -117,6 +127,7 @@ class Observer:
         if self._sse is not None:
             for frame in self._sse.feed(piece):
                 if frame.oversized:
+                    self._missed = True
                     self._note("event over the size bound")
                 self._read(frame.data)
             return

@@ -19,8 +19,8 @@ from msgspec import Raw
 # What msgspec raises for data that is not of the wanted type, not UTF-8, or nested too deeply.
 _NOT_THAT: Final = (msgspec.MsgspecError, UnicodeError, RecursionError)
 
-# The largest integer that SQLite and PostgreSQL can hold. A counter beyond it is not a count.
-_MAX_INTEGER: Final = 2**63 - 1
+MAX_INTEGER: Final = 2**63 - 1
+"""The largest integer that SQLite and PostgreSQL can hold. A counter beyond it is not a count."""
 
 # An escaped backslash is matched first, so that the backslash of `\\ud800` is never mistaken for the start of an escape.
 _SURROGATES: Final = re.compile(
@@ -72,7 +72,8 @@ def is_object(data: bytes) -> bool:
 
 def members(raw: bytes | Raw | None) -> Members:
     """The members of a JSON object, or none at all for anything else."""
-    return {} if raw is None else _decoded(_object, raw) or {}
+    found = None if raw is None else _decoded(_object, raw)
+    return found or {}
 
 
 def items(raw: bytes | Raw | None) -> list[Raw]:
@@ -88,7 +89,7 @@ def text(raw: Raw | None) -> str | None:
 def integer(raw: Raw | None) -> int | None:
     """A count: a JSON integer from 0 to 2**63 - 1, or None for anything else."""
     value = None if raw is None else _decoded(_integer, raw)
-    return value if value is not None and 0 <= value <= _MAX_INTEGER else None
+    return value if value is not None and 0 <= value <= MAX_INTEGER else None
 
 
 def boolean(raw: Raw | None) -> bool | None:
@@ -111,6 +112,8 @@ def is_null(raw: Raw) -> bool:
 def _decoded(decoder: "msgspec.json.Decoder[T]", data: bytes | Raw) -> T | None:
     try:
         return decoder.decode(data)
+    except msgspec.ValidationError:  # of another type: there is nothing to mend
+        return None
     except _NOT_THAT:
         pass
     mended = _mend(bytes(data))

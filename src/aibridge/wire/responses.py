@@ -16,8 +16,9 @@ from aibridge.wire.base import (
     ToolCall,
     Usage,
     WireFormat,
+    error_text,
 )
-from aibridge.wire.chat import DONE, error_text, joined_text, without_cache
+from aibridge.wire.chat import DONE, joined_text, without_cache
 from aibridge.wire.reading import Members, boolean, integer, items, members, parse_object, source, text
 
 # Calls that the client runs and answers with an item of type `<call>_output` (wire.md C2). All others the provider runs.
@@ -29,6 +30,9 @@ _CLIENT_CALLS: Final = frozenset(
 _ARGUMENTS: Final = ("arguments", "input", "action", "operation", "code", "queries")
 
 _CALL_DETAILS: Final = ("namespace", "server_label", "status")
+
+# Line ends between the tokens of what the provider wrote would end the `data` line.
+_ON_ONE_LINE: Final = bytes.maketrans(b"\r\n", b"  ")
 
 _TERMINALS: Final = frozenset({"response.completed", "response.incomplete", "response.failed"})
 
@@ -114,13 +118,11 @@ class ResponsesReader(ResponseReader):
         elif kind == "error":
             self._fail(error_text(event.get("error")) or _flat_error(event))
         elif "response" in event:
-            self._read_response(members(event.get("response")))
-            self.finished = self.finished or kind in _TERMINALS
+            self._read_response(members(event.get("response")), ended=kind in _TERMINALS)
 
     def read_body(self, body: bytes) -> None:
         """Take in a whole JSON body."""
-        self._read_response(parse_object(body))
-        self.finished = True
+        self._read_response(parse_object(body), ended=True)
 
     def facts(self) -> ResponseFacts:
         """What has been read so far. A thought that broke off is still a thought; a tool call that did was never made."""
@@ -150,22 +152,31 @@ class ResponsesReader(ResponseReader):
             event["response"] = self._response | {"status": "failed", "error": error}
         else:
             event |= error | {"param": None}
-        return b"event: " + kind.encode() + b"\ndata: " + msgspec.json.encode(event) + b"\n\n"
+        data = msgspec.json.encode(event).translate(_ON_ONE_LINE)
+        return b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n"
 
-    def _read_response(self, response: Members) -> None:
+    def _read_response(self, response: Members, *, ended: bool) -> None:
         self._response = dict(response)
         self._id = text(response.get("id")) or self._id
         self._model = text(response.get("model")) or self._model
         if "usage" in response and members(response["usage"]):
             self._usage = response["usage"]
         reason = text(members(response.get("incomplete_details")).get("reason"))
-        self._stop_reason = reason or text(response.get("status")) or self._stop_reason
-        if (error := error_text(response.get("error"))) is not None:
-            self._fail(error)
-        # A final `output` may be missing or empty: items count from their own events, and from here only where those
-        # were not sent (wire.md C3).
-        for index, raw in enumerate(items(response.get("output"))):
-            self._items.setdefault(index, members(raw))
+        status = text(response.get("status"))
+        self._stop_reason = reason or status or self._stop_reason
+        error = error_text(response.get("error"))
+        if error is not None or status == "failed":
+            self._fail(error or "failed")
+        if not ended:
+            return
+        self.finished = True
+        # A final `output` may be missing or empty: items count from their own events, and from here only where some of
+        # those were not sent (wire.md C3).
+        output = items(response.get("output"))
+        if len(output) > len(self._items):
+            for index, raw in enumerate(output):
+                if index not in self._items:
+                    self._read_item(index, members(raw))
 
     def _read_item(self, index: int | None, item: Members) -> None:
         index = len(self._items) if index is None else index
@@ -192,7 +203,7 @@ def _call(item: Members) -> ToolCall | None:
     client_run = kind in _CLIENT_CALLS or (kind == "tool_search_call" and text(item.get("execution")) == "client")
     if not kind.endswith("_call") and kind not in ("mcp_approval_request", "program"):
         return None
-    identity = text(item.get("call_id")) or text(item.get("id")) if client_run else text(item.get("id"))
+    identity = (text(item.get("call_id")) if client_run or kind == "program" else None) or text(item.get("id"))
     arguments = next((item[name] for name in _ARGUMENTS if name in item), None)
     plain = text(arguments)
     details: dict[str, Any] = {"type": kind} if kind != "function_call" else {}

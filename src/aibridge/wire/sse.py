@@ -20,7 +20,7 @@ _BOM: Final = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One block of the stream, up to and including its blank line; a run of comment lines is a frame of its own.
+    """One block of the stream, up to and including its blank line; a comment line between blocks is a frame of its own.
 
     `data` is None where there is nothing to dispatch: comments, blocks without ``data``, blocks over the size bound.
     """
