@@ -4,6 +4,7 @@ Truth: design.md 2 (durable before done, errors before and after the first relay
 B2, C3; failures.md 1, 9, 10, 13 and 18. Where these are silent, ``aibridge.conversation`` says what was chosen.
 """
 
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -20,6 +21,8 @@ from aibridge.errors import (
 )
 from aibridge.wire import CHAT, MESSAGES, RESPONSES, Request, ResponseFacts, Usage
 from aibridge.wire.observer import ResponseHead
+from aibridge.wire.reading import Unreadable
+from aibridge.wire.sse import SseDecoder
 from tests.support.coding import ENCODERS, gzip
 from tests.support.dialogue import CUT, FORMATS, Dialogue, head, play
 
@@ -73,6 +76,10 @@ def figures(record: Record) -> tuple[int | None, int | None, str]:
     usage = record.facts.usage
     assert usage is not None
     return usage.input_tokens, usage.output_tokens, record.facts.completeness
+
+
+def pieces(stream: bytes, size: int) -> list[bytes]:
+    return [stream[at : at + size] for at in range(0, len(stream), size)]
 
 
 def events(stream: bytes) -> list[Any]:
@@ -141,7 +148,6 @@ def test_a_response_without_a_body(response_head: ResponseHead) -> None:
     """Its head is all there is, so the head is held back."""
     talk = Dialogue(messages(stream=False))
     talk(Send, response_head)
-    talk(Receive(), b"")
     talk(Record)
     assert talk(End).http_status == response_head.status
     talk(Respond(response_head.status, response_head.headers))
@@ -151,7 +157,6 @@ def test_a_response_without_a_body(response_head: ResponseHead) -> None:
 def test_a_response_without_a_body_that_cannot_be_recorded() -> None:
     talk = Dialogue(messages(stream=False))
     talk(Send, ResponseHead(503, [(b"content-length", b"0")]))
-    talk(Receive(), b"")
     talk(Record)
     talk(End, UNRECORDED)
     assert talk(Respond).status == 503
@@ -629,8 +634,33 @@ def test_a_stream_that_cannot_be_recorded_does_not_end_well() -> None:
     talk(Relay(b""))
     talk(Record)
     talk(End("completed", 200), UNRECORDED)
-    talk(Relay(b"\n\nevent: error\ndata: " + error_body("anthropic", 503, UNRECORDED.message) + b"\n\n"))
+    talk(Relay(b"event: error\ndata: " + error_body("anthropic", 503, UNRECORDED.message) + b"\n\n"))
     assert talk.is_over()
+
+
+ENDINGS = {"messages": (START + DELTA, STOP), "chat": (HELLO + FINISH, DONE), "responses": (CREATED, COMPLETED)}
+
+
+@pytest.mark.parametrize("unrecorded", [True, False])
+@pytest.mark.parametrize("form", FORMATS)
+def test_no_client_sees_the_end_of_a_response_that_has_not_ended(form: str, unrecorded: bool) -> None:
+    """Wherever the last event is split: not even when all of it but its blank line has been passed on, which would have to
+    be added before an event of ours."""
+    begun, end = ENDINGS[form]
+    request = FORMATS[form].parse(b'{"stream":true}')
+    for at in range(len(end)):
+        chunks: list[bytes] = [*filter(None, [begun, end[:at]])]
+        if unrecorded:
+            played = play(request, STREAM, [*chunks, end[at:]], at_end=UNRECORDED)
+        else:
+            played = play(request, STREAM, [*chunks, CUT])
+        reader = FORMATS[form].reader()
+        for frame in SseDecoder().feed(played.relayed):
+            with suppress(Unreadable):
+                reader.read_event(frame.data or b"")
+        assert reader.finished == (not played.aborted)
+        said = str(UNRECORDED if unrecorded else CUT)
+        assert played.aborted or (reader.facts().error or "").endswith(said)
 
 
 def test_a_body_that_cannot_be_recorded_does_not_end() -> None:
@@ -717,9 +747,11 @@ def test_a_client_that_asked_itself_gets_everything() -> None:
 @pytest.mark.parametrize("split", [1, 2, 3, 7, 50])
 def test_it_is_hidden_however_the_stream_is_split(split: int) -> None:
     stream = b": hi\n\n" + NULL + FINISH + COUNTED + DONE + b": bye\n\n"
-    played = play(asking(), STREAM, [stream[at : at + split] for at in range(0, len(stream), split)])
+    played = play(asking(), STREAM, pieces(stream, split))
     assert played.relayed == b": hi\n\n" + HELLO + FINISH + DONE + b": bye\n\n"
     assert DONE not in played.before_end
+    crlf = play(asking(), STREAM, pieces(stream.replace(b"\n", b"\r\n"), split))
+    assert crlf.relayed == played.relayed.replace(b"\n", b"\r\n")
 
 
 @pytest.mark.parametrize("ending", [b"\n", b""])

@@ -6,6 +6,7 @@ what they must have understood (``tests/test_traffic.py`` proves that they do, w
 
 import asyncio
 import json
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anthropic
@@ -375,11 +376,12 @@ async def test_openai_errors(
     error = {"message": "So it is.", "type": "some_error", "param": None, "code": "some_code"}
     scene.reply(Reply.json({"error": error}, status, [("x-request-id", "req_1"), ("retry-after-ms", "1700")]))
     async with openai_client(scene) as client:
+        calls: dict[str, Callable[[], Awaitable[object]]] = {
+            "chat": lambda: client.chat.completions.create(model="gpt-5.4", messages=QUESTION, stream=stream),
+            "responses": lambda: client.responses.create(model="gpt-5.4", input="What now?", stream=stream),
+        }
         with pytest.raises(raised) as caught:
-            if route == "chat":
-                await client.chat.completions.create(model="gpt-5.4", messages=QUESTION, stream=stream)
-            else:
-                await client.responses.create(model="gpt-5.4", input="What now?", stream=stream)
+            await calls[route]()
     assert caught.value.status_code == status
     assert caught.value.body == error
     assert caught.value.request_id == "req_1"

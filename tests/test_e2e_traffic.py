@@ -287,8 +287,8 @@ async def test_one_connection_carries_many_requests(stage: Stage) -> None:
 
 def test_the_corpus_has_what_the_criterion_names() -> None:
     """Messages, Chat, Responses; streaming and blocking; errors, cuts, thinking, parallel tools, cached tokens."""
-    for format in ROUTES:
-        recordings = [recording for recording in ALL if recording.format == format]
+    for protocol in ROUTES:
+        recordings = [recording for recording in ALL if recording.format == protocol]
         expectations = [recording.expect for recording in recordings]
         assert {expect.stream for expect in expectations} == {True, False}
         assert any(recording.status == 429 for recording in recordings)

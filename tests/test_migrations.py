@@ -3,13 +3,15 @@
 Truth: the tables of design.md section 3, spelled out here; `aibridge.records` says that field names are column names.
 """
 
+import fcntl
 import os
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 from alembic.config import Config
@@ -129,6 +131,26 @@ def test_processes_that_start_together_on_a_fresh_database_take_turns(path: Path
     assert sorted(query(path, "SELECT id FROM aibridge_interceptions")) == [("0",), ("1",), ("2",), ("3",)]
 
 
+def test_nobody_else_creates_or_upgrades_meanwhile(path: Path, locks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+
+    def alone(name: str, call: Callable[..., None]) -> Callable[..., None]:
+        def checked(*arguments: Any) -> None:
+            with (locks / "migration.lock").open() as lock, pytest.raises(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken.append(name)
+            call(*arguments)
+
+        return checked
+
+    for name in ("_create", "_upgrade"):
+        monkeypatch.setattr(schema, name, alone(name, getattr(schema, name)))
+    migrate(path, locks, 1.0)
+    assert taken == ["_create", "_upgrade"]
+    with (locks / "migration.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def test_a_database_that_is_up_to_date_does_without_alembic(path: Path) -> None:
     for expected in ("alembic sqlalchemy\n", "\n"):
         output, errors = started(path, expected).communicate(timeout=60)
@@ -175,6 +197,8 @@ def test_what_a_deleted_database_has_left_is_not_taken_for_the_new_one(path: Pat
     path.parent.mkdir()
     for suffix in ("-wal", "-shm"):
         path.with_name(path.name + suffix).write_bytes(b"old" * 2000)
+    schema._create(path)  # SQLite takes the log away as well, but would share the index with whoever still has it open
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
     migrate(path, locks, 1.0)
     assert query(path, "SELECT count(*) FROM aibridge_interceptions") == [(0,)]
     assert query(path, "PRAGMA integrity_check") == [("ok",)]

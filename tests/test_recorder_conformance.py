@@ -5,7 +5,7 @@ Truth: `Recorder` and design.md section 3: five methods, and optionally thoughts
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,12 +98,18 @@ async def subject(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
             case _:
                 own = OwnRecorder()
                 assert not isinstance(own, AbstractAsyncContextManager)
-                kinds = (Interception, InterceptionEnded, TokenUsage, PromptUsage, ToolUsage)
-                yield Subject(
-                    own,
-                    lambda: as_rows(*([one for one in own.records if isinstance(one, kind)] for kind in kinds), []),
-                    keeps_thoughts=False,
-                )
+                yield Subject(own, lambda: own_rows(own.records), keeps_thoughts=False)
+
+
+def own_rows(records: Sequence[Record]) -> Rows:
+    return as_rows(
+        [one for one in records if isinstance(one, Interception)],
+        [one for one in records if isinstance(one, InterceptionEnded)],
+        [one for one in records if isinstance(one, TokenUsage)],
+        [one for one in records if isinstance(one, PromptUsage)],
+        [one for one in records if isinstance(one, ToolUsage)],
+        [],
+    )
 
 
 ANSWERED = ResponseFacts(
@@ -158,7 +164,7 @@ async def test_interceptions_at_the_same_time(subject: Subject) -> None:
     rows = subject.rows()
     assert sorted(shown(rows, "interceptions", "id", "status")) == sorted((f"i{n}", "completed") for n in range(100))
     assert sorted(shown(rows, "user_prompts", "interception_id", "prompt")) == sorted((f"i{n}", f"{n}?") for n in range(100))
-    assert len({id for (id,) in shown(rows, "token_usages", "id")}) == 100
+    assert len(set(shown(rows, "token_usages", "id"))) == 100
 
 
 async def test_observers_need_not_know_which_it_is(subject: Subject) -> None:

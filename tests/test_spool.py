@@ -119,6 +119,7 @@ def test_an_append_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(OSError, match="No space left"):
             spool.append([start("lost"), start("lost too")])
     assert spool.waiting == before
+    assert (the_file(tmp_path).stat().st_size == before) is truncates
     spool.append([start("b")])
     assert waiting(spool) == [start("a"), start("b")]
 
@@ -133,14 +134,23 @@ def test_a_line_that_a_crash_cut_off_was_never_promised(tmp_path: Path) -> None:
     assert (batch.instance, batch.records, batch.damaged) == (dead.instance, [start("a")], 0)
 
 
-@pytest.mark.parametrize(
-    "damage", [b"\0" * 40 + b"\n", b"{\n", b"\xff\n", b"[]\n", b'{"type":"Later","id":"x"}\n', b'{"type":"Interception"}\n']
-)
+DAMAGE = {
+    "zeros": b"\0" * 40,
+    "half a record": b"{",
+    "not Unicode": b"\xff",
+    "no object": b"[]",
+    "too deep": b"[" * 100_000,
+    "of a later version": b'{"type":"Later","id":"x"}',
+    "without its fields": b'{"type":"Interception"}',
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_line_is_skipped_and_counted(tmp_path: Path, damage: bytes) -> None:
     dead = opened(tmp_path)
     dead.append([start("a")])
     with the_file(tmp_path).open("ab") as file:
-        file.write(damage + msgspec.json.encode(start("b")) + b"\n")
+        file.write(damage + b"\n" + msgspec.json.encode(start("b")) + b"\n")
     die(dead)
     (batch,) = opened(tmp_path).left_behind()
     assert (batch.records, batch.damaged) == ([start("a"), start("b")], 1)
@@ -254,6 +264,16 @@ def test_nobody_else_may_read_it(tmp_path: Path) -> None:
     spool.append([start("a")])
     assert (tmp_path / "spool").stat().st_mode & 0o777 == 0o700
     assert the_file(tmp_path / "spool").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_file_that_cannot_be_locked_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(file: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(OSError, match="No locks available"):
+        opened(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_acquired_leaves_nothing_open(tmp_path: Path) -> None:

@@ -320,24 +320,54 @@ async def test_locked(path: Path, mode: str) -> None:
         assert statuses(path) == {"i": "completed"}
 
 
-async def test_read_only(path: Path) -> None:
+@pytest.mark.parametrize("at", ["_execute", "_connect"])
+async def test_an_error_half_way_writes_nothing_and_loses_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    call = getattr(SqliteStore, at)
+
+    def breaks_once(store: SqliteStore, *arguments: Any) -> Any:
+        answer = call(store, *arguments)
+        if todo:
+            raise todo.pop()
+        return answer
+
+    todo: list[Exception] = []
+    monkeypatch.setattr(SqliteStore, at, breaks_once)
     async with SqliteRecorder(path) as recorder:
-        store = recorder._writer._store
-        assert isinstance(store, SqliteStore)
-        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        connection.execute("PRAGMA query_only = 1")
-        before, store._database = store._database, connection  # as if the file had been opened without write access
+        await recorder.record_interception(start())
+        if at == "_connect":
+            path.unlink()
+        todo.append(sqlite3.OperationalError("disk I/O error"))
+        assert await record_all(recorder, one_of_each()[1:]) == [None] * 5
+        await replayed(path)
+        assert not todo
+        assert statuses(path) == {"i": "completed"}
+        assert len(rows(path, "token_usages")) == 1
+
+
+async def test_read_only(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite's own way of being read-only: file permissions do not bind root, who runs many a test."""
+    transaction = SqliteStore._transaction
+    todo = ["PRAGMA query_only = 1"]
+
+    def read_only(store: SqliteStore, records: Sequence[Record], instance: str) -> Any:
+        if todo:
+            store._connected().execute(todo.pop())
+        return transaction(store, records, instance)
+
+    monkeypatch.setattr(SqliteStore, "_transaction", read_only)
+    async with SqliteRecorder(path) as recorder:
         assert await record_all(recorder, one_of_each()) == [None] * 6
         await replayed(path)
         assert statuses(path) == {"i": "completed"}
-        assert before is not None
     assert len(rows(path, "user_prompts")) == 1
 
 
 @pytest.mark.parametrize("what", ["aibridge.db", "aibridge.db*"])
 async def test_deleted(path: Path, what: str) -> None:
     async with SqliteRecorder(path) as recorder:
-        await record_all(recorder, [start("open"), start("over"), ended("over")])
+        await record_all(recorder, [start("open"), start("over"), ended("over"), start("still open")])
         for file in path.parent.glob(what):
             if file.is_file():
                 file.unlink()
@@ -346,11 +376,55 @@ async def test_deleted(path: Path, what: str) -> None:
                     spool.unlink()
                 file.rmdir()
         assert await record_all(recorder, [prompt(interception_id="open"), ended("open"), start("new")]) == [None] * 3
-        assert statuses(path) == {"open": "completed", "new": "in_progress"}  # what was over went with the file
+        # What was over has gone with the file.
+        assert statuses(path) == {"open": "completed", "still open": "in_progress", "new": "in_progress"}
         assert path.stat().st_mode & 0o777 == 0o600
         other = SqliteRecorder(path)
         async with other:
             assert statuses(path)["new"] == "in_progress"  # nobody takes this process for dead
+
+
+async def test_deleted_while_two_processes_use_it(path: Path) -> None:
+    """What the deleted file leaves in use by the one must not become part of the other's new one."""
+    async with SqliteRecorder(path) as here:
+        await here.record_interception(start("here"))
+        there = subprocess.Popen(
+            [sys.executable, "-c", BESIDE, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert there.stdin is not None and there.stdout is not None
+        with there.stdin, there.stdout:
+            assert there.stdout.readline() == "ready\n"
+            path.unlink()
+            for n in range(50):
+                await here.record_token_usage(usage(f"here {n}"))
+                there.stdin.write(f"there {n}\n")
+                there.stdin.flush()
+                assert there.stdout.readline() == "kept\n"
+        assert there.wait(WAIT_SECONDS) == 0
+        await here.record_interception_ended(ended("here"))
+    assert {row["id"] for row in rows(path, "token_usages")} == {
+        f"{who} {n}" for who in ("here", "there") for n in range(50)
+    }
+    assert statuses(path) == {"here": "completed", "there": "in_progress"}
+    with database(path) as connection:
+        assert [tuple(row) for row in connection.execute("PRAGMA integrity_check")] == [("ok",)]
+
+
+BESIDE = """
+import asyncio, sys
+from aibridge.recording import SqliteRecorder
+from tests.support.records import start, usage
+
+async def main():
+    async with SqliteRecorder(sys.argv[1]) as recorder:
+        await recorder.record_interception(start("there"))
+        print("ready", flush=True)
+        for line in sys.stdin:
+            await recorder.record_token_usage(usage(line.strip()))
+            print("kept", flush=True)
+
+asyncio.run(main())
+"""
 
 
 async def test_deleted_during_the_commit(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -497,6 +571,9 @@ async def test_what_a_dead_process_had_spooled_is_replayed_before_its_rest_is_cl
         assert row(path, "token_usages")["interception_id"] == "over"
         assert not left.exists()
         assert lost == [None]
+        path.unlink()
+        await recorder.record_interception(start("mine"))
+        assert statuses(path) == {"mine": "in_progress"}  # what the dead had open was never open here
 
 
 CHILD = """

@@ -98,10 +98,10 @@ def test_a_crlf_that_two_chunks_share() -> None:
     decoder = SseDecoder()
     (frame,) = decoder.feed(b"data: a\r\n\r")
     assert frame.data == b"a"
-    assert decoder.feed(b"\n") == []
+    assert decoder.feed(b"\n") == [Frame(b"\n")]
     assert decoder.at_boundary
     (frame,) = decoder.feed(b"data: b\r\n\r\n")
-    assert frame == Frame(b"\ndata: b\r\n\r\n", b"", b"b")
+    assert frame == Frame(b"data: b\r\n\r\n", b"", b"b")
     assert decoder.feed(b"data: c\r") == []
     assert decoder.feed(b"data: d\r\r")[0].data == b"c\nd"
 

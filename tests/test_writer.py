@@ -8,6 +8,7 @@ import asyncio
 import errno
 import os
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -199,6 +200,28 @@ async def test_what_comes_later_goes_behind_what_is_spooled(store: MemoryStore, 
     assert store.records == expected
 
 
+async def test_nothing_overtakes_what_is_spooled_though_the_store_would_take_it(
+    store: MemoryStore, spool: FullSpool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = store.write
+
+    def not_the_first(records: Sequence[Record], instance: str) -> Mapping[int, str]:
+        if usage("a") in records and stubborn:
+            raise StoreUnavailable("not yet")
+        return commit(records, instance)
+
+    stubborn = True
+    monkeypatch.setattr(store, "write", not_the_first)
+    async with running(store, spool) as writer:
+        await within_bounds(writer.submit(usage("a")))
+        monkeypatch.setattr(writer_module, "_RETRY_STORE_SECONDS", 0.0)  # always due
+        await until(lambda: writer._store_is_due)
+        assert await within_bounds(writer.submit(usage("b"))) == [None]
+        assert store.records == []
+        stubborn = False
+    assert store.records == [usage("a"), usage("b")]
+
+
 async def test_a_replay_that_breaks_off_goes_on_where_it_was(
     store: MemoryStore, spool: FullSpool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,6 +298,23 @@ async def test_a_short_want_of_room_loses_nothing(store: MemoryStore, spool: Ful
         await until(lambda: spool.attempts > 3)
         spool.full = False
         assert await within_bounds(future) == [None]
+
+
+async def test_patience_begins_anew_after_every_success(
+    store: MemoryStore, spool: FullSpool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "_GIVE_UP_SECONDS", 0.1)
+    async with running(store, spool) as writer:
+        store.unavailable = spool.full = True
+        future = writer.submit(usage("a"))
+        await until(lambda: spool.attempts > 0)
+        since = time.monotonic()
+        spool.full = False
+        assert await within_bounds(future) == [None]
+        await until(lambda: time.monotonic() > since + 0.1)
+        spool.full, spool.attempts = True, 0
+        assert [type(outcome) for outcome in await within_bounds(writer.submit(usage("b")))] == [RecordingFailed]
+        assert spool.attempts > 1
 
 
 async def test_poison_loses_itself_only(store: MemoryStore, spool: FullSpool) -> None:
@@ -397,6 +437,18 @@ async def test_it_opens_by_itself_and_again_after_it_was_stopped(store: MemorySt
     assert store.records == [usage("a"), usage("b")]
     assert len(store.alive) == store.closed == 2
     assert store.alive[0] != store.alive[1]
+
+
+async def test_a_spool_file_that_cannot_be_removed_does_not_stop_the_end(
+    store: MemoryStore, spool: FullSpool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken() -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    async with running(store, spool):
+        monkeypatch.setattr(spool, "release", broken)
+    assert store.closed == 1
+    assert "the spool file cannot be removed" in caplog.text
 
 
 async def test_stopping_writes_what_is_queued_and_loses_nothing_that_comes_meanwhile(

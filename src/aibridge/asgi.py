@@ -42,7 +42,7 @@ class ClientConnection:
         """The request body as it comes. Raises `BodyTooLarge` or `ClientDisconnected`."""
         left = limit
         declared = self.header(b"content-length")
-        if declared.isdigit() and int(declared) > limit:
+        if declared.isdecimal() and int(declared) > limit:
             self.upload_error = _too_large(limit)
             raise self.upload_error
         more = True
@@ -89,44 +89,46 @@ class ClientConnection:
 
 
 class Interruptible:
-    """Lets somebody else end the waits of the task that runs it, with an event of their choice.
+    """Lets somebody else end one wait of the task that runs it, with an event of their choice.
 
-    Only waits under `wait` end early; between them the task is left alone. Cheaper than a task for each wait, which would
-    be one for each streamed event.
+    Only waits under `wait` end early; between them the task is left alone. One event is raised and no other after it, so
+    that what the task does about it is not interrupted in turn; being cancelled counts as that event. Cheaper than a task
+    for each wait, which would be one for each streamed event.
     """
 
     def __init__(self) -> None:
         self._task: asyncio.Task[Any] | None = asyncio.current_task()
         self._waiting = False
         self._event: Exception | None = None
+        self._spent = False
 
     def interrupt(self, event: Exception) -> None:
-        """End the wait under way, or else the next one, by raising `event` in it. Until it is raised, no other is taken."""
-        if self._event is None:
+        """End the wait under way, or else the next one, by raising `event` in it."""
+        if self._event is None and not self._spent:
             self._event = event
             if self._waiting and self._task is not None:
                 self._task.cancel()
 
     async def wait(self, awaitable: Awaitable[T]) -> T:
-        """Wait for something. Raises the event of `interrupt`."""
+        """Wait for something. Raises the event of `interrupt`, or CancelledError where the task is cancelled."""
         if self._event is not None:
             if isinstance(awaitable, Coroutine):
                 awaitable.close()
-            raise self._take_event()
+            raise self._take_event(self._event)
         self._waiting = True
         try:
             return await awaitable
         except asyncio.CancelledError:
+            self._spent = True
             if self._event is None or self._task is None:
                 raise
             self._task.uncancel()
-            raise self._take_event() from None
+            raise self._take_event(self._event) from None
         finally:
             self._waiting = False
 
-    def _take_event(self) -> Exception:
-        event, self._event = self._event, None
-        assert event is not None  # noqa: S101  both callers have looked
+    def _take_event(self, event: Exception) -> Exception:
+        self._event, self._spent = None, True
         return event
 
 

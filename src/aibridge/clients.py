@@ -1,7 +1,7 @@
 """Which program sent a request, and in which of its sessions. Facts from clients.md 2.
 
-User agents alone mislead: Kilo calls itself opencode on one of its routes, Qwen Code calls itself Claude Code. So the more
-particular mark is looked for first.
+User agents alone mislead: Kilo calls itself opencode on one of its routes, Qwen Code calls itself Claude Code, Copilot
+names the SDK that it is built with. So the more particular mark is looked for first.
 """
 
 import re
@@ -54,6 +54,8 @@ _USER_AGENTS: Final = tuple(
     )
 )
 
+_SDKS: Final = frozenset({"anthropic-sdk", "openai-sdk"})
+
 _MAX_IDENTITY: Final = 1000
 
 
@@ -88,6 +90,8 @@ def _client_name(headers: dict[bytes, str], user_agent: str) -> str | None:
     name = next((name for pattern, name in _USER_AGENTS if pattern.search(user_agent)), None)
     if name == "claude-code" and "claude-cli/0." in user_agent and b"x-claude-code-session-id" not in headers:
         return "qwen-code"  # it borrows Claude Code's user agent, with its own version number and without a session
+    if name in _SDKS and b"x-initiator" in headers:
+        return "copilot"
     if name == "opencode" and "kilocode" in headers.get(b"http-referer", ""):
         return "kilo"
     return name

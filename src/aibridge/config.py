@@ -104,7 +104,7 @@ class ServerSettings(_Section):
         default=(), description="names under which a server on loopback may be addressed, beside localhost and its address"
     )
     shutdown_grace: float = Field(
-        default=30.0, ge=0, description="seconds that responses under way get to end after SIGTERM"
+        default=20.0, ge=0, description="seconds that responses under way get to end after SIGTERM"
     )
 
     @field_validator("allowed_hosts")
@@ -270,9 +270,10 @@ class Settings(BaseSettings):
     def _makes_sense(self) -> Self:
         for provider in self.enabled_providers():
             if self._serves(provider.base_url):
+                _, variable, _ = _VENDOR_VARIABLES.get(provider.name, ("", "", ""))
+                hint = f"; is {variable} set for clients in this shell?" if os.environ.get(variable) else ""
                 raise ValueError(
-                    f"providers.{provider.name}.base_url points at this gateway itself ({provider.base_url});"
-                    f" is {_VENDOR_VARIABLES.get(provider.name, ('', 'base_url'))[1]} set for clients in this shell?"
+                    f"providers.{provider.name}.base_url points at this gateway itself ({provider.base_url}){hint}"
                 )
         if not self.server.on_loopback and self.identity.header is None:
             raise ValueError(
@@ -353,7 +354,7 @@ def load(file: Path | None = None, **overrides: Mapping[str, Any]) -> Settings:
         model_config = SettingsConfigDict(**{**Settings.model_config, "toml_file": path})
 
     try:
-        return Loaded(**overrides)  # type: ignore[arg-type]  # sections, by name
+        return Loaded(**{name: section for name, section in overrides.items() if section})  # type: ignore[arg-type]
     except ValidationError as error:
         raise ConfigurationError("\n".join(map(_explain, error.errors()))) from None
     except tomllib.TOMLDecodeError as error:
@@ -370,6 +371,8 @@ def _explain(error: "ErrorDetails") -> str:
         return f"{key}: there is no such setting; valid here: {valid}"
     if error["type"] == "missing":
         return f"{key}: is required"
+    if error["type"] in ("model_type", "dict_type"):
+        return f"{key}: is a section with settings of its own, not a value"
     message = error["msg"].removeprefix("Value error, ")
     message = message.replace("Input should be", "must be")
     return f"{key}: {message}" if key else message

@@ -111,18 +111,16 @@ def converse(request: Request) -> Conversation:
         return
     merger = Merger(request, head)
     beginning = Respond(head.status, merger.headers)
-    if not head.bodiless:
+    if not merger.bodiless:
         yield beginning
     end = yield from _relay(merger)
     yield Record(merger.facts)
-    unrecorded = yield from _end(end)
-    if unrecorded is not None:
-        merger.fail(unrecorded)
+    merger.failure = (yield from _end(end)) or merger.failure
     if end.status == "client_disconnected":
         return
     if merger.failure is not None:
-        yield from _refuse(request, merger.failure) if head.bodiless else _break_off(merger)
-    elif head.bodiless:  # then its beginning is its end
+        yield from _refuse(request, merger.failure) if merger.bodiless else _break_off(merger)
+    elif merger.bodiless:  # then its beginning is its end
         yield beginning
     else:
         yield from _finish(merger)
@@ -132,15 +130,15 @@ def _relay(merger: "Merger") -> Generator[Command, Any, End]:
     """Relay the response up to its end, which is held back. Answers how the interception ended."""
     listening = True
     try:
-        while chunk := (yield Receive()):
+        while not merger.bodiless and (chunk := (yield Receive())):
             listening = yield Relay(merger.feed(chunk))
             if merger.finished:
                 break
         merger.end()
     except UpstreamError as error:
-        merger.fail(error)
+        merger.failure = error
     except (ClientDisconnected, Interrupted) as event:
-        merger.fail(_SHUTDOWN)
+        merger.failure = _SHUTDOWN
         return End(_status_of(event), merger.status)
     if not listening:
         return End("client_disconnected", merger.status)
@@ -201,6 +199,7 @@ class Merger:
 
     def __init__(self, request: Request, head: ResponseHead) -> None:
         self.status = head.status
+        self.bodiless = head.bodiless
         self._stream = head.is_stream(requested=request.facts.stream)
         self._observer = Observer(request.format.reader(), head, stream=self._stream)
         self._filter, self._decoder = _editing(request, head) if self._stream and head.ok else (None, None)
@@ -208,6 +207,7 @@ class Merger:
         self._coding = head.coding
         self._success = head.ok
         self._held: list[bytes] | None = []
+        self._whole_events = True  # what was passed on before bytes were held ended between two events
         self.failure: BridgeError | None = None
         edited = self._filter is not None
         self.headers = [field for field in head.headers if not (edited and field[0] in _DROPPED_WHEN_EDITED)]
@@ -232,12 +232,15 @@ class Merger:
 
     def feed(self, chunk: bytes) -> bytes:
         """What the client may see now. Raises `UpstreamError` when the response has to be edited and cannot be decoded."""
+        between_events = self._observer.at_boundary
         self._observer.feed(chunk)
         if self._left is not None:
             self._left -= len(chunk)
         if self._filter is not None:
             chunk = self._filter.feed(self._plain(chunk))
         if self._held is not None and (self.finished or (self._left is not None and self._left <= 0)):
+            if not self._held:
+                self._whole_events = between_events
             self._held.append(chunk)
             return b""
         return chunk
@@ -257,17 +260,15 @@ class Merger:
         self._held = None
         return held
 
-    def fail(self, error: BridgeError) -> None:
-        """The response cannot be completed."""
-        self.failure = error
-
     def error_event(self) -> bytes | None:
-        """The failure as an event of the stream; None where the body has no room for one."""
+        """The failure as an event of the stream; None where there is no room for one."""
         if self.failure is None or not self._stream or self._left is not None or (self._coding and not self._filter):
             return None
-        between_events = self._filter is not None or (self._observer.at_boundary and not self._held)
-        gap = b"" if between_events else b"\n\n"  # ends the event under way, which no client can read any more
-        return gap + self._observer.error_event(self.failure.status, self.failure.message)
+        event = self._observer.error_event(self.failure.status, self.failure.message)
+        if self._filter is not None or (self._whole_events if self._held else self._observer.at_boundary):
+            return event
+        self._observer.end()
+        return None if self.finished else b"\n\n" + event  # a blank line ends the event under way, but not the stream
 
     def _plain(self, chunk: bytes) -> bytes:
         if self._decoder is None:

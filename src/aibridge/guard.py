@@ -6,14 +6,16 @@ Whoever can reach the socket is taken for the local user, and a browser on this 
 send neither of the latter.
 """
 
+import re
 from collections.abc import Iterable
 from typing import Final
-from urllib.parse import urlsplit
 
 from aibridge.errors import Forbidden
 from aibridge.wire.base import Headers
 
 _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
+
+_HOST: Final = re.compile(r"(?:(?P<name>[a-z0-9._-]+)|\[(?P<address>[0-9a-f:.]+)\])(?::[0-9]*)?")
 
 # From this very server, or typed by the user. "same-site" would be any other port of this machine.
 _OWN_FETCHES: Final = frozenset({"same-origin", "none"})
@@ -42,7 +44,5 @@ def _decoded(value: bytes) -> str:
 
 
 def _host_name(host: str) -> str:
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
+    found = _HOST.fullmatch(host)
+    return (found["name"] or found["address"]) if found else ""

@@ -94,10 +94,13 @@ class TrustedProxy:
         return Actor(values[0])
 
     def _trusts(self, peer: Sequence[Any] | None) -> bool:
-        if not peer:
+        try:
+            address = ipaddress.ip_address(str(peer[0]).partition("%")[0]) if peer else None
+        except ValueError:  # a Unix domain socket, or a test's client
             return False
-        address = ipaddress.ip_address(str(peer[0]).partition("%")[0])
-        return any(address in network for network in self._networks)
+        if isinstance(address, ipaddress.IPv6Address):
+            address = address.ipv4_mapped or address
+        return address is not None and any(address in network for network in self._networks)
 
 
 def _login_name() -> str:

@@ -51,10 +51,11 @@ async def pass_through(
             await waits.wait(client.relay(chunk))
         await client.finish()
     except UpstreamError:
-        # After the response has begun, leaving it unfinished makes the server break the connection off.
+        if client.started:
+            return  # leaving the response unfinished makes the server break the connection off
         if isinstance(client.upload_error, BridgeError):
             raise client.upload_error from None
-        if not client.started and client.upload_error is None:
+        if client.upload_error is None:
             raise
     finally:
         for task in watches:

@@ -128,7 +128,6 @@ class _Exchange:
         self._waits = Interruptible()
         self._listening = True
         self._aborted = False
-        self._cancelled = False
 
     async def run(self, conversation: Conversation, stopping: Stopping) -> None:
         """Step through the conversation to its end, whatever happens on the way."""
@@ -153,8 +152,6 @@ class _Exchange:
             if self._response is not None:
                 self._response.close()
             stopping.remove(self._waits)
-        if self._cancelled:
-            raise asyncio.CancelledError
 
     async def _carry_out(self, command: Command) -> Any:
         match command:
@@ -178,6 +175,7 @@ class _Exchange:
             case End():
                 return await self._entry.end(command)
             case Abort():
+                logger.warning("a response of provider %s was broken off", self._provider.name)
                 self._aborted = True
                 return None
 
@@ -185,8 +183,8 @@ class _Exchange:
         try:
             return await self._waits.wait(awaitable)
         except asyncio.CancelledError:
-            # The server has run out of patience. What is known is recorded before this task ends as it was told to.
-            self._cancelled = True
+            # The server has run out of patience. The task ends, as it was told to, but not before it has recorded what is
+            # known and has told the client.
             raise Interrupted from None
 
     async def _watch(self) -> None:

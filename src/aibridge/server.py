@@ -1,5 +1,6 @@
 """The server around the bridge: who may come in, who they are, and the server's own routes; and the process it runs in."""
 
+import logging
 import resource
 from typing import Any, Final
 
@@ -29,6 +30,7 @@ from aibridge.upstream import AiohttpUpstream, Upstream
 # A client's pooled connection should end on the client's side: one that we close under its next request costs it an error.
 _KEEP_ALIVE_SECONDS: Final = 75
 _OPEN_FILES: Final = 65_536
+_UNFINISHED: Final = "ASGI callable returned without completing response."
 _LAST_WORDS_SECONDS: Final = 2.0
 _FRAMING: Final = (b"content-length", b"transfer-encoding")
 
@@ -104,6 +106,8 @@ async def _answer(client: ClientConnection, content_type: bytes, body: bytes) ->
 def serve(settings: Settings) -> None:
     """Run the server until it is told to stop. SIGTERM lets responses end within the grace period."""
     _raise_open_file_limit()
+    # A response that is left unfinished is how a client gets to see that the provider's broke off; the relay says so itself.
+    logging.getLogger("uvicorn.error").addFilter(lambda line: line.msg != _UNFINISHED)
     disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each one, which nobody reads
     uvicorn.Server(uvicorn_config(Server(settings), settings)).run()
 
@@ -142,11 +146,11 @@ class HeadBounded(HttpToolsProtocol):
     _unread = 0  # received since the parser last came a step further
     _reads_head = True
     _resumes = False
-    _refused = False
+    _hung_up = False
 
     def data_received(self, data: bytes) -> None:
         """Bytes have come."""
-        if self._refused:
+        if self._hung_up:
             return
         self._unset_keepalive_if_required()
         self._unread += len(data)
@@ -195,6 +199,12 @@ class HeadBounded(HttpToolsProtocol):
         if not self.parser.should_upgrade():
             super().on_message_complete()
 
+    def on_response_complete(self) -> None:
+        """A response is complete. A client that still waits to be asked for its body may send that next, or a request."""
+        super().on_response_complete()
+        if self.expect_100_continue and self.cycle.more_body:
+            self._hang_up()
+
     def _ignore_upgrade(self, rest: bytes) -> None:
         """Read on with a parser that knows how the body is framed, but not of the upgrade."""
         framing = (name + b": " + value + b"\r\n" for name, value in self.headers if name in _FRAMING)
@@ -206,11 +216,11 @@ class HeadBounded(HttpToolsProtocol):
             self.data_received(rest)
 
     def _refuse(self, error: BridgeError, status: bytes) -> None:
-        """Answer, unless a response is under way, and give the client a moment to read that before it is cut off."""
-        self._refused = True
+        """Answer, unless a response is under way."""
         cycle: RequestResponseCycle | None = getattr(self, "cycle")  # noqa: B009  it is None at first
         if cycle is not None and not cycle.response_complete:
             if self.pipeline or cycle.response_started:
+                self._hung_up = True
                 self.transport.abort()
                 return
             cycle.disconnected = True
@@ -220,8 +230,14 @@ class HeadBounded(HttpToolsProtocol):
             b"HTTP/1.1 %b\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
             % (status, len(body), body)
         )
-        self.transport.write_eof()
-        self.loop.call_later(_LAST_WORDS_SECONDS, self.transport.abort)
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        """Say nothing more and read nothing more, but give the client a moment to read what was said."""
+        self._hung_up = True
+        if not self.transport.is_closing():
+            self.transport.write_eof()
+            self.loop.call_later(_LAST_WORDS_SECONDS, self.transport.abort)
 
 
 def head_bounded(limit: int) -> type[HeadBounded]:

@@ -9,7 +9,6 @@ import asyncio
 import os
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from string import printable
 from typing import Final, Protocol
@@ -17,6 +16,9 @@ from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.connector import Connection
+from aiohttp.http import StreamWriter
 from multidict import CIMultiDict
 from yarl import URL
 
@@ -90,8 +92,7 @@ class AiohttpUpstream:
     and the request's `ca_file`. `connect_timeout` (look-up, connection, proxy and TLS together) and `idle_timeout` are in
     seconds; there is no limit on the whole.
 
-    aiohttp writes header fields in UTF-8. Values in another encoding arrive in UTF-8 too: the one thing that is not relayed
-    byte for byte.
+    The one thing that is not sent byte for byte: of a request without a body, header values that are not UTF-8 arrive in it.
     """
 
     def __init__(self, *, connect_timeout: float = 10.0, idle_timeout: float = 600.0) -> None:
@@ -103,26 +104,37 @@ class AiohttpUpstream:
 
     async def send(self, request: UpstreamRequest) -> UpstreamResponse:
         """Send a request and wait for the response's head."""
-        body = request.body
-        fields = [(_text(name), _text(value)) for name, value in request.headers]
-        if isinstance(body, bytes) and len(body) > _AT_ONCE:
-            fields.append(("content-length", str(len(body))))
-            body = _slices(body)
+        exact = bool(request.body)
+        fields = [(name.decode("latin-1"), _text(value, exact=exact)) for name, value in request.headers]
+        upload: _Upload | None = None
+        if not isinstance(request.body, bytes):
+            upload = _Upload(request.body, self._idle_timeout)
+        elif len(request.body) > _AT_ONCE:
+            fields.append(("content-length", str(len(request.body))))
+            upload = _Upload(_slices(request.body), self._idle_timeout)
         try:
-            async with asyncio.timeout(None) as upload:
-                response = await self._open_session().request(
-                    request.method,
-                    URL(_target(request.url), encoded=True),
-                    data=(body if isinstance(body, bytes) else _watched(body, upload, self._idle_timeout)) or None,
-                    headers=CIMultiDict(fields),
-                    skip_auto_headers=_AUTOMATIC,
-                    allow_redirects=False,
-                    proxy=self._proxy(request.url),
-                    ssl=self._tls_context(request.ca_file) if request.url.startswith("https:") else True,
-                )
+            if upload is None:
+                response = await self._request(request, fields, request.body or None)
+            else:
+                async with upload.watch:
+                    upload.response = response = await self._request(request, fields, upload.pieces())
         except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
             raise _translated(error, "The provider could not be reached") from error
         return _AiohttpResponse(response)
+
+    async def _request(
+        self, request: UpstreamRequest, fields: list[tuple[str, str]], body: Body | None
+    ) -> aiohttp.ClientResponse:
+        return await self._open_session().request(
+            request.method,
+            URL(_target(request.url), encoded=True),
+            data=body,
+            headers=CIMultiDict(fields),
+            skip_auto_headers=_AUTOMATIC,
+            allow_redirects=False,
+            proxy=self._proxy(request.url),
+            ssl=self._tls_context(request.ca_file) if request.url.startswith("https:") else True,
+        )
 
     async def aclose(self) -> None:
         """Close all connections."""
@@ -142,6 +154,7 @@ class AiohttpUpstream:
                 max_line_size=_MAX_HEAD_BYTES,
                 max_field_size=_MAX_HEAD_BYTES,
                 max_headers=_MAX_HEAD_FIELDS,
+                request_class=_Request,
             )
             session._retry_connection = False  # noqa: SLF001  or it sends a GET again that nobody has answered
         return self._session
@@ -230,29 +243,54 @@ def _target(url: str) -> str:
     return url if url.isascii() else quote(url, safe=printable, encoding="latin-1")
 
 
-def _text(value: bytes) -> str:
-    """A header as text that aiohttp will write as the same bytes. It writes UTF-8; of other bytes the characters survive."""
-    with suppress(UnicodeDecodeError):
+def _text(value: bytes, *, exact: bool) -> str:
+    """A header value as text. aiohttp writes it in UTF-8; other bytes are for `_Request` to write, or become characters."""
+    try:
         return value.decode()
-    return value.decode("latin-1")
+    except UnicodeDecodeError:
+        return value.decode("utf-8", "surrogateescape") if exact else value.decode("latin-1")
 
 
-async def _watched(body: AsyncIterator[bytes], upload: asyncio.Timeout, seconds: float) -> AsyncIterator[bytes]:
-    """The pieces of a body, of which the provider has to take each in time: aiohttp watches only what it reads.
+class _Request(aiohttp.ClientRequest):
+    """Writes header values that are not UTF-8, too: Node.js, for one, sends them in latin-1."""
 
-    How long the client takes to bring a piece does not count.
+    async def write_bytes(self, writer: AbstractStreamWriter, conn: Connection, content_length: int | None = None) -> None:
+        """Write the body, and the head that waits to be written together with it."""
+        if isinstance(writer, StreamWriter) and not all(map(str.isascii, self.headers.values())):
+            request_line = (writer._headers_buf or b"").partition(b"\r\n")[0]  # noqa: SLF001
+            lines = (f"{name}: {value}".encode(errors="surrogateescape") for name, value in self.headers.items())
+            writer._headers_buf = b"\r\n".join((request_line, *lines, b"", b""))  # noqa: SLF001
+        await super().write_bytes(writer, conn, content_length)
+
+
+class _Upload:
+    """A body on its way to the provider, which has to take each piece in time: aiohttp watches only what it reads.
+
+    How long the client takes to bring a piece does not count. A body that breaks off takes with it a response that the
+    provider may have begun.
     """
-    clock = asyncio.get_running_loop().time
-    async for piece in body:
-        _reschedule(upload, clock() + seconds)
-        yield piece
-        _reschedule(upload, None)
-    _reschedule(upload, clock() + seconds)
 
+    def __init__(self, body: AsyncIterator[bytes], seconds: float) -> None:
+        self.watch = asyncio.timeout(None)
+        self.response: aiohttp.ClientResponse | None = None
+        self._body = body
+        self._seconds = seconds
 
-def _reschedule(upload: asyncio.Timeout, when: float | None) -> None:
-    with suppress(RuntimeError):  # the response's head came before the end of the body: the watch is over
-        upload.reschedule(when)
+    async def pieces(self) -> AsyncIterator[bytes]:
+        try:
+            async for piece in self._body:
+                self._reschedule(asyncio.get_running_loop().time() + self._seconds)
+                yield piece
+                self._reschedule(None)
+        except Exception:
+            if self.response is not None:
+                self.response.close()
+            raise
+        self._reschedule(asyncio.get_running_loop().time() + self._seconds)
+
+    def _reschedule(self, when: float | None) -> None:
+        if self.response is None:
+            self.watch.reschedule(when)
 
 
 async def _slices(body: bytes) -> AsyncIterator[bytes]:

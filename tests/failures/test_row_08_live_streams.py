@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from tests.support.gateway import Scene
+from tests.support.gateway import Scene, staged
 from tests.support.provider import Gate, Reply, Step, Wait, at_random, bytewise
 from tests.support.rawclient import RawClient
 from tests.support.recording import Recording
@@ -174,6 +174,32 @@ async def test_a_blocking_body_is_not_held_either(scene: Scene) -> None:
             gate.set()
             assert await client.exactly(len(piece)) == piece
     assert scene.ledger().token_usage["output_tokens"] == recording.expect.usage[0]["output_tokens"]
+
+
+SLOW_MEGABYTES = 128
+MEMORY_MEGABYTES = 24
+
+
+async def test_a_slow_client_holds_the_provider_and_not_the_memory() -> None:
+    """What a client does not take stays with the provider: the server holds little of it, however long it waits."""
+    recording = named("messages-text-stream")
+    *first, last = events(recording.response)
+    comment = b": " + b"x" * (1 << 20) + b"\n\n"
+    with staged() as stage, stage.scene() as scene:
+        scene.reply(recording.reply())
+        await scene.post(target(recording), recording.request)
+        before = scene.gateway.memory()
+        scene.reply(Reply.stream([*first, *[comment] * SLOW_MEGABYTES, last]))
+        async with scene.client() as client:
+            await client.send("POST", target(recording), scene.lines(), recording.request)
+            await client.head()
+            await scene.noticed()
+            exchange = await scene.exchange(1)
+            assert not exchange.sent_all
+            body, complete = await client.rest()
+        assert complete
+        assert len(body) == len(recording.response) + SLOW_MEGABYTES * len(comment)
+        assert scene.gateway.memory() - before < MEMORY_MEGABYTES << 20
 
 
 async def test_one_silent_stream_does_not_hold_the_others(scene: Scene) -> None:

@@ -37,7 +37,7 @@ NOT_ASKED: dict[str, bytes] = {
     "another option": b'{"model":"gpt-5.4","stream_options":{ "include_obfuscation":false},"stream":true,"messages":[]}',
     "false, and another": b'{"stream_options":{"x":[1e400],"include_usage":false,"y":{}},"stream":true,"messages":[]}',
     "nested elsewhere": b'{"metadata":{"stream_options":{"include_usage":true}},"stream":true,"messages":[]}',
-    "in a string": b'{"messages":[{"role":"user","content":"\\"stream_options\\":{\\"include_usage\\":true}"}],"stream":true}',
+    "in a string": b'{"messages":[{"content":"\\"stream_options\\":{\\"include_usage\\":true}"}],"stream":true}',
     "odd around it": b'{ "x":[1e400,-0,"\\ud800"],"x":1,\n"stream":true ,"messages":[]}',
 }
 

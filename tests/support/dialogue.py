@@ -79,7 +79,9 @@ class Played:
     commands: list[Command] = field(default_factory=list)
 
 
-def play(request: Request, head: ResponseHead, chunks: Iterable[bytes | Exception]) -> Played:
+def play(
+    request: Request, head: ResponseHead, chunks: Iterable[bytes | Exception], at_end: Exception | None = None
+) -> Played:
     """Carry a conversation through to its end. An exception among the chunks is thrown in where one is received."""
     played = Played()
     pieces = iter(chunks)
@@ -103,6 +105,7 @@ def play(request: Request, head: ResponseHead, chunks: Iterable[bytes | Exceptio
             case End():
                 played.before_end = played.relayed
                 played.end = command
+                answer = at_end
             case Abort():
                 played.aborted = True
         try:

@@ -200,6 +200,15 @@ class Gateway:
                     children[name] += (_row(row) for row in found)
         return Rows(interceptions, **children)
 
+    def memory(self) -> int:
+        """The most memory that the process has ever had, in bytes. Skips the test where the system does not tell."""
+        status = Path(f"/proc/{self.process.pid}/status")
+        if not status.exists():
+            pytest.skip("this system does not tell how much memory a process has used")
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        assert found is not None
+        return int(found[1]) * 1024
+
     def dump(self) -> bytes:
         """Every byte of the database's files, the spool's included."""
         files = [*self.folder.glob("aibridge.db*"), *self.folder.glob("aibridge.db-spool/*")]

@@ -81,6 +81,4 @@ def _upgrade(path: Path, seconds: float) -> None:
     except CommandError as error:  # such as a revision that is not known
         raise sqlite3.DatabaseError(f"the database is not one of this version of aibridge: {error}") from error
     except DBAPIError as error:
-        if isinstance(error.orig, sqlite3.Error):
-            raise error.orig from error
-        raise
+        raise (error.orig or error) from error

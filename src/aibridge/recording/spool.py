@@ -79,6 +79,7 @@ class Spool:
             unnamed.rename(self._path)
         except OSError:
             os.close(file)
+            unnamed.unlink(missing_ok=True)
             raise
         if self._file is not None:
             os.close(self._file)
@@ -224,7 +225,7 @@ def _read(file: int, instance: str, start: int, limit: int | None = None) -> Bat
             end += len(line)
             try:
                 records.append(_decode(line))
-            except (msgspec.MsgspecError, UnicodeError):
+            except (msgspec.MsgspecError, UnicodeError, RecursionError):
                 damaged += 1
             if len(records) + damaged == _BATCH or end - start >= _BATCH_BYTES:
                 break

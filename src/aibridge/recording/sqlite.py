@@ -161,10 +161,10 @@ class SqliteStore:
 
     def close_interrupted(self, alive: Sequence[str]) -> int:
         """Close the interceptions that no process in `alive` has open."""
+        now, instances = _time(datetime.now(UTC)), msgspec.json.encode(alive).decode()
         try:
-            database = self._connected()
-            cursor = database.execute(_INTERRUPT, (_time(datetime.now(UTC)), msgspec.json.encode(alive).decode()))
-        except sqlite3.Error as error:
+            cursor = self._connected().execute(_INTERRUPT, (now, instances))
+        except (sqlite3.Error, OSError) as error:
             raise StoreUnavailable(str(error)) from error
         return cursor.rowcount
 
@@ -224,24 +224,17 @@ class SqliteStore:
             raise UnknownInterception
 
     def _connected(self) -> sqlite3.Connection:
-        if self._database is None:
-            raise sqlite3.OperationalError("not connected")
-        return self._database
+        return self._connect() if self._database is None else self._database
 
-    def _connect(self) -> None:
+    def _connect(self) -> sqlite3.Connection:
         self._disconnect()
         self._spool.acquire()  # who deleted the database may have deleted the spool with it
         migrate(self._path, self._spool.directory, _BUSY_SECONDS)
-        file = _identity(self._path)
-        database = connect(self._path, _BUSY_SECONDS)
-        try:
-            database.execute("PRAGMA journal_mode = WAL")
-            database.execute("PRAGMA synchronous = NORMAL")
-        except sqlite3.Error:
-            database.close()
-            raise
-        self._database = database
-        self._file = file
+        self._file = _identity(self._path)
+        self._database = connect(self._path, _BUSY_SECONDS)
+        self._database.execute("PRAGMA journal_mode = WAL")
+        self._database.execute("PRAGMA synchronous = NORMAL")
+        return self._database
 
     def _disconnect(self) -> None:
         database, self._database = self._database, None

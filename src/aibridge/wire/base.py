@@ -7,13 +7,16 @@ everything above works with those and with opaque bytes.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Final, Literal, Protocol
 
 from msgspec import Raw
 
 from aibridge.errors import BadRequest, ProviderKind
 from aibridge.wire.coding import CodingError, decode
 from aibridge.wire.reading import Members, Unreadable, boolean, is_null, is_object, members, parse_object, text
+
+MAX_DECODED_REQUEST_BYTES: Final = 64 * 1024 * 1024
+"""How far a compressed request is decoded to be read: twice what providers take (clients.md 4)."""
 
 Headers = Sequence[tuple[bytes, bytes]]
 """Header fields in the order they came; names in lower case, values as sent."""
@@ -167,7 +170,7 @@ class WireFormat(ABC):
         understood is for the provider to judge.
         """
         try:
-            plain = decode(coding, body)
+            plain = decode(coding, body, MAX_DECODED_REQUEST_BYTES)
         except CodingError as error:
             return Request(self, body, RequestFacts(notes=(f"request not read: {error}",)), coding)
         try:

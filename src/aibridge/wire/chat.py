@@ -126,15 +126,23 @@ class UsageFilter:
 
     def __init__(self) -> None:
         self._decoder = SseDecoder()
+        self._hid = False  # the last frame was taken out
 
     def feed(self, chunk: bytes) -> bytes:
         """What the client may see of the stream so far, in whole frames."""
-        return b"".join(map(_without_usage, self._decoder.feed(chunk)))
+        return b"".join(map(self._shown, self._decoder.feed(chunk)))
 
     def rest(self) -> bytes:
         """What of a frame the end of the stream left without its blank line, which clients read all the same."""
         rest = self._decoder.rest
         return b"".join(_without_usage(replace(frame, raw=rest)) for frame in self._decoder.feed(b"\n\n")[:1])
+
+    def _shown(self, frame: Frame) -> bytes:
+        if self._hid and frame.raw == b"\n":  # the late half of the line end that the frame before it had
+            return b""
+        shown = _without_usage(frame)
+        self._hid = not shown
+        return shown
 
 
 def _without_usage(frame: Frame) -> bytes:

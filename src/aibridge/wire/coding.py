@@ -7,14 +7,12 @@ can decode to gigabytes, so the output is produced piece by piece and stops at a
 import sys
 import zlib
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Final, Protocol
 
 import brotli
 
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
+zstd: Final = import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
 
 MAX_DECODED_BYTES: Final = 256 * 1024 * 1024
 """Per response. Longer than any real answer; short of it a bomb costs about a second of CPU, not the machine."""

@@ -65,6 +65,8 @@ class SseDecoder:
                 self._after_cr = False
                 if line == b"\n":  # the second half of a CRLF that two chunks share
                     self._raw.append(line)
+                    if len(self._raw) == 1:  # of which the first half has ended a frame
+                        frames.append(Frame(self._flush()))
                     continue
             self._size += len(line)
             if line[-1:] in (b"\n", b"\r"):

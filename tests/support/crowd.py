@@ -1,0 +1,204 @@
+"""A crowd of clients at a gateway, a provider that answers all of them, and what each client saw.
+
+Every response has an id of its own, so that what a client saw can be looked up in the ledger. A client that has a
+response's last event, or its whole body, has seen it complete, whatever becomes of the connection then.
+"""
+
+import asyncio
+import itertools
+import json
+import random
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from .provider import Gate, Received, Reply, Step, Wait
+from .rawclient import RawClient
+
+_LAST_EVENTS: Final = (b'event: message_stop\ndata: {"type":"message_stop"}\n\n', b"data: [DONE]\n\n")
+_NUMBERS: Final = itertools.count(1)
+
+Request = tuple[str, bytes]
+"""Path and body."""
+
+
+def _body(**members: Any) -> bytes:
+    question = [{"role": "user", "content": "How many?"}]
+    return json.dumps({"model": "some-model", "max_tokens": 100, "messages": question, **members}).encode()
+
+
+MESSAGES_STREAM: Final = ("/anthropic/v1/messages", _body(stream=True))
+MESSAGES: Final = ("/anthropic/v1/messages", _body())
+CHAT_STREAM: Final = ("/openai/v1/chat/completions", _body(stream=True))
+ANY: Final = (MESSAGES_STREAM, MESSAGES, CHAT_STREAM)
+
+
+def answer(received: Received) -> Reply:
+    """The provider's handler: an answer with an id of its own, in the form that was asked for."""
+    return gated(received, None)
+
+
+def gated(received: Received, gate: Gate | None) -> Reply:
+    """As `answer`; a stream waits in its middle until the gate opens."""
+    number = next(_NUMBERS)
+    waiting: list[Step] = [Wait(gate)] if gate else []
+    if received.path.endswith("/messages"):
+        message = {"id": f"msg_{number}", "type": "message", "role": "assistant", "model": "some-model", "content": []}
+        if not received.json().get("stream"):
+            return Reply.json(message | {"stop_reason": "end_turn", "usage": {"input_tokens": 5, "output_tokens": 7}})
+        events: list[dict[str, Any]] = [
+            {"type": "message_start", "message": message | {"usage": {"input_tokens": 5, "output_tokens": 1}}},
+            {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+            *({"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "word "}},) * 5,
+            {"type": "content_block_stop", "index": 0},
+            {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 7}},
+            {"type": "message_stop"},
+        ]
+        steps = [f"event: {event['type']}\ndata: {_compact(event)}\n\n".encode() for event in events]
+    else:
+        chunk = {"id": f"chatcmpl_{number}", "object": "chat.completion.chunk", "model": "some-model"}
+        word = {"index": 0, "delta": {"content": "word "}, "finish_reason": None}
+        counted = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
+        chunks = [
+            *(chunk | {"choices": [word]},) * 5,
+            chunk | {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]},
+            chunk | {"choices": [], "usage": counted},
+        ]
+        steps = [*(b"data: " + _compact(one).encode() + b"\n\n" for one in chunks), b"data: [DONE]\n\n"]
+    return Reply.stream([*steps[:3], *waiting, *steps[3:]])
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a client saw of one response; `status` is None where there was none."""
+
+    status: int | None
+    body: bytes
+    complete: bool
+
+    @property
+    def response_id(self) -> str:
+        """The id in the body. Raises ValueError where there is none."""
+        _, found, rest = self.body.partition(b'"id":')
+        if not found:
+            raise ValueError(self.body)
+        return rest.split(b'"')[1].decode()
+
+
+async def ask(url: str, request: Request, headers: Sequence[tuple[str, str]] = ()) -> Seen:
+    """Send one request on a connection of its own. The connection, or the server, may die at any moment."""
+    path, body = request
+    status, received, whole = None, b"", False
+    try:
+        async with RawClient(url) as client:
+            await client.send("POST", path, [("Content-Type", "application/json"), *headers], body)
+            status = (await client.head()).status
+            received, whole = await client.rest()
+    except (OSError, EOFError):
+        pass  # a broken-off body is no exception; this is a connection that did not come to a response
+    streams = b'"stream": true' in body
+    return Seen(status, received, received.endswith(_LAST_EVENTS) if streams and status == 200 else whole)
+
+
+@dataclass
+class Crowd:
+    """Clients that ask again as soon as they have their answer, until they are told to go or the server has gone."""
+
+    url: str
+    seed: int = 0
+    requests: Sequence[Request] = ANY
+    seen: list[Seen] = field(default_factory=list)
+    on_complete: Callable[[], None] = lambda: None
+    _leaving: bool = False
+
+    @property
+    def complete(self) -> list[Seen]:
+        """What was seen complete, refusals excluded."""
+        return [one for one in self.seen if one.complete and one.status == 200]
+
+    async def run(self, clients: int) -> None:
+        """Ask, with that many clients at once."""
+        await asyncio.gather(*(self._client(random.Random(self.seed * 1000 + n)) for n in range(clients)))
+
+    def leave(self) -> None:
+        """Let every client finish what it has begun."""
+        self._leaving = True
+
+    async def _client(self, choice: random.Random) -> None:
+        while not self._leaving:
+            one = await ask(self.url, choice.choice(self.requests))
+            self.seen.append(one)
+            if one.status is None:
+                return
+            if one.complete and one.status == 200:
+                self.on_complete()
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The database as it is."""
+
+    statuses: Counter[str]
+    completed: Counter[str]
+    """By the provider's id, how many complete usage rows there are that belong to a completed interception."""
+    counts: dict[str, int]
+
+
+def ledger(path: Path) -> Ledger:
+    with closing(sqlite3.connect(path, timeout=10)) as database:
+        tables = ("interceptions", "token_usages", "user_prompts")
+        return Ledger(
+            Counter(dict(database.execute("SELECT status, count(*) FROM aibridge_interceptions GROUP BY status"))),
+            Counter(
+                dict(
+                    database.execute(
+                        "SELECT provider_response_id, count(*) FROM aibridge_token_usages usage"
+                        " JOIN aibridge_interceptions interception ON interception.id = usage.interception_id"
+                        " WHERE interception.status = 'completed' AND usage.completeness = 'complete'"
+                        " AND usage.input_tokens = 5 AND usage.output_tokens = 7 GROUP BY provider_response_id"
+                    )
+                )
+            ),
+            {name: database.execute(f"SELECT count(*) FROM aibridge_{name}").fetchone()[0] for name in tables},
+        )
+
+
+def assert_nothing_is_missing(seen: Sequence[Seen], path: Path) -> None:
+    """Each response that a client saw complete is in the database: once, with its usage, as completed."""
+    found = ledger(path).completed
+    missing = [one.response_id for one in seen if found[one.response_id] != 1]
+    assert not missing, f"{len(missing)} of {len(seen)} responses are not in the ledger exactly once: {missing[:10]}"
+
+
+def spooled(path: Path) -> int:
+    """Bytes that wait in the spool files beside a database."""
+    return sum(file.stat().st_size for file in path.with_name(f"{path.name}-spool").glob("*.jsonl"))
+
+
+async def lost(url: str) -> Counter[str]:
+    """The loss counter, by kind of record."""
+    async with RawClient(url) as client:
+        text = (await client.request("GET", "/metrics")).body.decode()
+    counts: Counter[str] = Counter()
+    for line in text.splitlines():
+        if line.startswith("aibridge_records_lost_total{"):
+            counts[line.split('"')[1]] += int(float(line.rsplit(" ", 1)[1]))
+    return counts
+
+
+async def until(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
+    """Return when the condition holds; raise TimeoutError when it does not come to that."""
+    try:
+        async with asyncio.timeout(seconds):
+            while not condition():
+                await asyncio.sleep(0.005)
+    except TimeoutError:
+        raise TimeoutError(what) from None

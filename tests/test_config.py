@@ -1,0 +1,485 @@
+"""The configuration.
+
+Truth: design.md section 3 for names, precedence and secrets; the rest is our choice (docs/configuration.md).
+"""
+
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from pydantic import BaseModel
+
+from aibridge.check import describe
+from aibridge.config import ConfigurationError, ProviderSettings, Settings, load
+
+DOCUMENTATION = Path(__file__).parent.parent / "docs" / "configuration.md"
+SECRET = "sk-very-secret-9f8e7d6c"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, and an environment without settings."""
+    monkeypatch.chdir(tmp_path)
+    for name in list(_environment()):
+        monkeypatch.delenv(name)
+    return tmp_path
+
+
+def _environment() -> Iterator[str]:
+    return (name for name in os.environ if name.upper().startswith(("AIBRIDGE_", "ANTHROPIC_", "OPENAI_")))
+
+
+def configured(toml: str) -> Settings:
+    Path("aibridge.toml").write_text(toml)
+    return load()
+
+
+def refusal(toml: str = "", env: Mapping[str, str] | None = None, server: Mapping[str, Any] | None = None) -> str:
+    """Why a configuration cannot be used."""
+    Path("aibridge.toml").write_text(toml)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (env or {}).items():
+            patch.setenv(name, value)
+        with pytest.raises(ConfigurationError) as caught:
+            load(server=server or {})
+    message = str(caught.value)
+    assert SECRET not in message and SECRET not in repr(caught.value)
+    assert caught.value.__cause__ is None and "pydantic" not in message
+    return message
+
+
+def value_of(settings: Settings, key: str) -> Any:
+    found: Any = settings
+    for part in key.split("."):
+        found = found[part] if isinstance(found, dict) else getattr(found, part)
+    return found
+
+
+def all_keys(model: type[BaseModel] = Settings, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Each setting with its field."""
+    for name, field in model.model_fields.items():
+        if name == "providers":
+            yield from all_keys(ProviderSettings, ("providers", "NAME"))
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from all_keys(field.annotation, (*path, name))
+        else:
+            yield ".".join((*path, name)), field
+
+
+# ---- every setting, by file and by variable ----
+
+# key: TOML, variable, what it comes to. A provider that is complete beside the key under test stands in VLLM.
+SETTINGS: dict[str, tuple[str, str, Any]] = {
+    "server.host": ('"::1"', "::1", "::1"),
+    "server.port": ("9000", "9000", 9000),
+    "server.allowed_hosts": ('["a.example", "b"]', "a.example, b", ("a.example", "b")),
+    "server.shutdown_grace": ("1.5", "1.5", 1.5),
+    "database.url": ('"sqlite:////x/y.db"', "sqlite:////x/y.db", "sqlite:////x/y.db"),
+    "database.when_unavailable": ('"continue"', "continue", "continue"),
+    "identity.header": ('"X-User"', "X-User", "X-User"),
+    "identity.trusted_proxies": ('["10.0.0.0/8", "fd00::/8"]', '["10.0.0.0/8", "fd00::/8"]', ("10.0.0.0/8", "fd00::/8")),
+    "limits.max_body_bytes": ("1000", "1000", 1000),
+    "limits.max_header_bytes": ("2000", "2000", 2000),
+    "upstream.connect_timeout": ("0.5", "0.5", 0.5),
+    "upstream.idle_timeout": ("60", "60", 60.0),
+    "providers.vllm.kind": ('"anthropic"', "anthropic", "anthropic"),
+    "providers.vllm.base_url": ('"https://h:1/x/v1"', "https://h:1/x/v1", "https://h:1/x/v1"),
+    "providers.vllm.api_key": ('"key"', "key", "key"),
+    "providers.vllm.on_disconnect": ('"drain"', "drain", "drain"),
+    "providers.vllm.drain_seconds": ("7", "7", 7.0),
+    "providers.vllm.ask_for_usage": ("false", "false", False),
+    "providers.vllm.ca_file": ('"ca.pem"', "ca.pem", Path("ca.pem")),
+    "providers.vllm.enabled": ("false", "false", False),
+}
+VLLM = {"kind": "openai", "base_url": "http://gpu:8000/v1"}
+
+
+def test_the_table_has_every_setting() -> None:
+    assert {key.replace("vllm", "NAME") for key in SETTINGS} == {key for key, _ in all_keys()}
+
+
+def _plain(value: Any) -> Any:
+    return value.get_secret_value() if hasattr(value, "get_secret_value") else value
+
+
+@pytest.mark.parametrize("key", SETTINGS)
+def test_a_setting_by_file(key: str) -> None:
+    literal, _, expected = SETTINGS[key]
+    Path("ca.pem").touch()
+    section, _, name = key.rpartition(".")
+    beside = {key: value for key, value in VLLM.items() if key != name} if section == "providers.vllm" else {}
+    lines = [f"[{section}]", f"{name} = {literal}", *(f'{key} = "{value}"' for key, value in beside.items())]
+    assert _plain(value_of(configured("\n".join(lines)), key)) == expected
+
+
+@pytest.mark.parametrize("key", SETTINGS)
+def test_a_setting_by_variable(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, text, expected = SETTINGS[key]
+    Path("ca.pem").touch()
+    for name, value in VLLM.items():
+        monkeypatch.setenv(f"AIBRIDGE_PROVIDERS__VLLM__{name.upper()}", value)
+    monkeypatch.setenv("AIBRIDGE_" + key.upper().replace(".", "__"), text)
+    assert _plain(value_of(load(), key)) == expected
+
+
+@pytest.mark.parametrize("text", ["a.example,b", " a.example , b ", '["a.example","b"]', "a.example,b,"])
+def test_lists_in_a_variable(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIBRIDGE_SERVER__ALLOWED_HOSTS", text)
+    assert load().server.allowed_hosts == ("a.example", "b")
+
+
+@pytest.mark.parametrize("text", ["12345", "true", "null", "1e5", '"q"', "[x]"])
+def test_a_key_in_a_variable_is_taken_literally(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIBRIDGE_PROVIDERS__ANTHROPIC__API_KEY", text)
+    assert _plain(load().providers["anthropic"].api_key) == text
+
+
+def test_the_defaults() -> None:
+    settings = load()
+    assert (settings.server.host, settings.server.port) == ("127.0.0.1", 8080)
+    assert settings.database.path == Path("aibridge.db")
+    assert settings.limits.max_body_bytes == 32 * 1024 * 1024
+    assert {provider.name: provider.base_url for provider in settings.enabled_providers()} == {
+        "anthropic": "https://api.anthropic.com",
+        "openai": "https://api.openai.com/v1",
+    }
+    assert all(provider.api_key is None for provider in settings.enabled_providers()), "bring your own key"
+
+
+def test_the_tree_is_frozen() -> None:
+    settings = load()
+    for target, name in ((settings, "server"), (settings.server, "port"), (settings.providers["openai"], "base_url")):
+        with pytest.raises(ValueError, match="frozen"):
+            setattr(target, name, None)
+
+
+@pytest.mark.parametrize(("url", "path"), [("sqlite:///a/b.db", "a/b.db"), ("sqlite:////a/b.db", "/a/b.db")])
+def test_database_paths(url: str, path: str) -> None:
+    assert configured(f'[database]\nurl = "{url}"').database.path == Path(path)
+
+
+# ---- precedence ----
+
+
+def test_the_stronger_source_wins_key_by_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    toml = '[server]\nhost = "::1"\nport = 1000\nshutdown_grace = 1\n[providers.openai]\ndrain_seconds = 1\n'
+    assert configured(toml).server.port == 1000
+    monkeypatch.setenv("AIBRIDGE_SERVER__PORT", "2000")
+    monkeypatch.setenv("AIBRIDGE_PROVIDERS__OPENAI__ON_DISCONNECT", "drain")
+    settings = load()
+    assert (settings.server.host, settings.server.port, settings.server.shutdown_grace) == ("::1", 2000, 1.0)
+    assert settings.providers["openai"].drain_seconds == 1 and settings.providers["openai"].on_disconnect == "drain"
+    settings = load(server={"port": 3000})
+    assert (settings.server.host, settings.server.port, settings.server.shutdown_grace) == ("::1", 3000, 1.0)
+
+
+@pytest.mark.parametrize("name", ["anthropic", "openai"])
+def test_our_settings_are_stronger_than_the_vendors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found() -> tuple[str, str | None]:
+        provider = next(provider for provider in load().enabled_providers() if provider.name == name)
+        return provider.base_url, provider.api_key
+
+    vendor, ours = name.upper(), f"AIBRIDGE_PROVIDERS__{name.upper()}"
+    default = found()[0]
+    monkeypatch.setenv(f"{vendor}_API_KEY", "vendor-key")
+    assert found() == (default, "vendor-key")
+    monkeypatch.setenv(f"{vendor}_BASE_URL", "http://vendor.example")
+    assert found() == ("http://vendor.example", "vendor-key")
+    Path("aibridge.toml").write_text(f'[providers.{name}]\napi_key = "file-key"')
+    assert found() == ("http://vendor.example", "file-key")
+    monkeypatch.setenv(f"{ours}__API_KEY", "our-key")
+    assert found() == ("http://vendor.example", "our-key")
+    monkeypatch.setenv(f"{ours}__BASE_URL", "http://ours.example")
+    assert found() == ("http://ours.example", "our-key")
+
+
+@pytest.mark.parametrize("name", ["anthropic", "openai"])
+def test_a_vendors_key_does_not_go_to_a_configured_server(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"{name.upper()}_API_KEY", "vendor-key")
+    settings = configured(f'[providers.{name}]\nbase_url = "http://elsewhere.example"')
+    assert next(one for one in settings.enabled_providers() if one.name == name).api_key is None
+
+
+def test_empty_variables_of_the_vendors_are_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL"):
+        monkeypatch.setenv(name, "")
+    provider = load().enabled_providers()[0]
+    assert (provider.base_url, provider.api_key) == ("https://api.anthropic.com", None)
+
+
+def test_a_file_by_name(tmp_path: Path) -> None:
+    (tmp_path / "other.toml").write_text("[server]\nport = 1234")
+    Path("aibridge.toml").write_text("[server]\nport = 1")
+    assert load(tmp_path / "other.toml").server.port == 1234
+    assert load().server.port == 1
+
+
+# ---- providers ----
+
+
+def test_any_number_of_instances() -> None:
+    settings = configured("""
+        [providers.vllm]
+        kind = "openai"
+        base_url = "http://gpu-1.internal:8000/v1"
+        [providers.open_router-2]
+        kind = "openai"
+        base_url = "https://openrouter.ai/api/v1"
+        api_key = "or"
+        [providers.proxy]
+        kind = "anthropic"
+        base_url = "https://claude.example/prefix/"
+        [providers.openai]
+        enabled = false
+        """)
+    providers = {provider.name: provider for provider in settings.enabled_providers()}
+    assert set(providers) == {"vllm", "open_router-2", "proxy", "anthropic"}
+    assert providers["vllm"].url("/v1/chat/completions", "") == "http://gpu-1.internal:8000/v1/chat/completions"
+    assert providers["open_router-2"].url("/v1/responses", "a=b") == "https://openrouter.ai/api/v1/responses?a=b"
+    assert providers["proxy"].url("/v1/messages", "") == "https://claude.example/prefix/v1/messages"
+    assert providers["vllm"].api_key is None and providers["open_router-2"].api_key == "or"
+
+
+def test_a_partial_section_of_a_known_provider() -> None:
+    settings = configured('[providers.anthropic]\non_disconnect = "drain"')
+    assert settings.providers["anthropic"].kind == "anthropic"
+    assert settings.providers["anthropic"].base_url == "https://api.anthropic.com"
+
+
+def test_a_provider_that_is_off_is_checked_all_the_same() -> None:
+    message = refusal(f'[providers.x]\nenabled = false\nkind = "openai"\nbase_url = "http://u:{SECRET}@h"')
+    assert "providers.x.base_url" in message and "api_key" in message
+
+
+# ---- secrets ----
+
+
+def test_secrets_by_value_variable_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "key").write_text(f"{SECRET}\n")
+    monkeypatch.setenv("MY_KEY", f" {SECRET}\n")
+    for given in (f'"{SECRET}"', '{ env = "MY_KEY" }', f'{{ file = "{tmp_path}/key" }}'):
+        settings = configured(f"[providers.openai]\napi_key = {given}")
+        assert _plain(settings.providers["openai"].api_key) == SECRET
+    for name, value in (("ENV", "MY_KEY"), ("FILE", f"{tmp_path}/key")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(f"AIBRIDGE_PROVIDERS__ANTHROPIC__API_KEY__{name}", value)
+            assert _plain(load().providers["anthropic"].api_key) == SECRET
+
+
+def test_secrets_are_not_shown() -> None:
+    settings = configured(f'[providers.openai]\napi_key = "{SECRET}"')
+    provider = next(provider for provider in settings.enabled_providers() if provider.name == "openai")
+    assert provider.api_key == SECRET
+    shown = [repr(settings), str(settings), repr(provider), describe(settings), settings.model_dump_json()]
+    assert not any(SECRET in text for text in shown)
+
+
+def test_the_description_is_the_configuration(tmp_path: Path) -> None:
+    """What ``aibridge check`` prints is TOML that says the same."""
+    settings = configured(
+        '[server]\nallowed_hosts = ["a"]\n[providers.vllm]\nkind = "openai"\nbase_url = "http://x/é\\"/v1"'
+    )
+    (tmp_path / "printed.toml").write_text(describe(settings))
+    assert load(tmp_path / "printed.toml").model_dump() == settings.model_dump()
+
+
+# ---- what is wrong is said ----
+
+# TOML, what the message must hold: the key, and what is wrong or valid.
+MISTAKES: list[tuple[str, list[str]]] = [
+    ("[servr]\nport = 1", ["servr:", "no such setting", "database, identity, limits, providers, server, upstream"]),
+    ("port = 1", ["port:", "no such setting", "server"]),
+    ("[server]\nprot = 1", ["server.prot:", "no such setting", "allowed_hosts, host, port, shutdown_grace"]),
+    ("[providers.openai]\nkey = 1", ["providers.openai.key:", "no such setting", "api_key, ask_for_usage, base_url"]),
+    ("server = 1", ["server:", "section"]),
+    ("providers = 1", ["providers:", "section"]),
+    ("[providers]\nopenai = 1", ["providers.openai:", "section"]),
+    ('[server]\nport = "x"', ["server.port:", "integer"]),
+    ("[server]\nport = 65536", ["server.port:", "65535"]),
+    ("[server]\nport = -1", ["server.port:", "0"]),
+    ("[server]\nhost = 1", ["server.host:", "string"]),
+    ("[server]\nshutdown_grace = inf", ["server.shutdown_grace:", "finite"]),
+    ("[server]\nshutdown_grace = -1", ["server.shutdown_grace:", "greater than or equal to 0"]),
+    ("[server]\nallowed_hosts = 1", ["server.allowed_hosts:"]),
+    ('[server]\nallowed_hosts = ["a:80"]', ["server.allowed_hosts:", "'a:80'", "gateway.internal"]),
+    ('[database]\nurl = "postgresql://u:p@h/d"', ["database.url:", "sqlite:///PATH"]),
+    ('[database]\nurl = "sqlite:///"', ["database.url:", "sqlite:///PATH"]),
+    ('[database]\nwhen_unavailable = "ignore"', ["database.when_unavailable:", "'refuse' or 'continue'"]),
+    ('[identity]\nheader = "X User"', ["identity.header:"]),
+    ('[identity]\ntrusted_proxies = ["10.0.0.1/8"]', ["identity.trusted_proxies:", "10.0.0.1/8", "10.0.0.0/8"]),
+    ("[limits]\nmax_body_bytes = 0", ["limits.max_body_bytes:", "greater than 0"]),
+    ("[upstream]\nidle_timeout = 0", ["upstream.idle_timeout:", "greater than 0"]),
+    ("[upstream]\nconnect_timeout = nan", ["upstream.connect_timeout:", "finite"]),
+    ("[providers.x]", ["providers.x.kind: is required", "providers.x.base_url: is required"]),
+    ('[providers.x]\nkind = "gemini"\nbase_url = "http://x"', ["providers.x.kind:", "'anthropic' or 'openai'"]),
+    ('[providers.openai]\non_disconnect = "x"', ["providers.openai.on_disconnect:", "'cancel' or 'drain'"]),
+    ('[providers.openai]\nca_file = "/nope"', ["providers.openai.ca_file:", "/nope"]),
+    ("[providers.openai]\nask_for_usage = 3", ["providers.openai.ask_for_usage:", "boolean"]),
+    ("[providers.openai]\ndrain_seconds = 0", ["providers.openai.drain_seconds:", "greater than 0"]),
+    *[
+        (f'[providers."{name}"]\nkind = "openai"\nbase_url = "http://x"', ["providers", name, "lower-case letters"])
+        for name in ("Upper", "a b", "a/b", "", "-a", "metrics", "ui", "x" * 65)
+    ],
+    *[
+        (f'[providers.x]\nkind = "openai"\nbase_url = "{url}"', ["providers.x.base_url:", "http:// or https://"])
+        for url in (
+            "x",
+            "ftp://h",
+            "http://",
+            "http://h:99999",
+            "http://h:x",
+            "http://[::1",
+            "http://h?a",
+            "http://h/ a",
+            "",
+        )
+    ],
+    (f'[providers.x]\nkind = "openai"\nbase_url = "http://u:{SECRET}@h"', ["providers.x.base_url:", "api_key"]),
+    ('[providers.openai]\napi_key = { env = "NOT_SET" }', ["providers.openai.api_key:", "NOT_SET is not set"]),
+    (f'[providers.openai]\napi_key = {{ env = "{SECRET}" }}', ["providers.openai.api_key:", "environment variable"]),
+    ('[providers.openai]\napi_key = { file = "/nope" }', ["providers.openai.api_key:", "/nope cannot be read"]),
+    ('[providers.openai]\napi_key = { file = "." }', ["providers.openai.api_key:", "cannot be read"]),
+    (f'[providers.openai]\napi_key = {{ envv = "{SECRET}" }}', ["providers.openai.api_key:", '{ env = "VARIABLE" }']),
+    ('[providers.openai]\napi_key = { env = "A", file = "B" }', ["providers.openai.api_key:", '{ file = "PATH" }']),
+    (f'[providers.openai]\napi_key = ["{SECRET}"]', ["providers.openai.api_key:", "a secret is a string"]),
+    ("[providers.openai]\napi_key = 123", ["providers.openai.api_key:", "a secret is a string"]),
+    ('[providers.openai]\napi_key = ""', ["providers.openai.api_key:", "empty"]),
+    (f'[providers.openai]\napi_key = "{SECRET}\\nx"', ["providers.openai.api_key:", "line breaks"]),
+    ("[server\nport = 1", ["aibridge.toml is not TOML", "line 1"]),
+    ("[server]\nport = 1\nport = 2", ["aibridge.toml is not TOML", "overwrite"]),
+    (f'[providers.openai]\napi_key = "{SECRET}', ["aibridge.toml is not TOML"]),
+]
+
+
+@pytest.mark.parametrize(("toml", "said"), MISTAKES, ids=[re.sub(r"\s+", " ", toml)[:60] for toml, _ in MISTAKES])
+def test_a_mistake_in_the_file(toml: str, said: list[str]) -> None:
+    message = refusal(toml)
+    assert [part for part in said if part not in message] == [], message
+
+
+def test_all_mistakes_are_reported_at_once() -> None:
+    lines = refusal('[server]\nport = "x"\nprot = 1\n[database]\nurl = "x"').splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["server.port", "server.prot", "database.url"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("AIBRIDGE_SERVR__PORT", "1", ["servr:", "no such setting", "server"]),
+        ("AIBRIDGE_SERVER__PROT", "1", ["server.prot:", "no such setting", "port"]),
+        ("AIBRIDGE_SERVER__PORT", "", ["server.port:", "integer"]),
+        ("AIBRIDGE_SERVER__PORT", "http", ["server.port:", "integer"]),
+        ("AIBRIDGE_SERVER", "x", ["server:", "section"]),
+        ("AIBRIDGE_SERVER", '{"port"', ["server:", "section"]),
+        ("AIBRIDGE_PROVIDERS__OPENAI", SECRET, ["providers.openai:", "section"]),
+        ("AIBRIDGE_PROVIDERS__OPENAI__KEY", SECRET, ["providers.openai.key:", "no such setting", "api_key"]),
+        ("AIBRIDGE_PROVIDERS__X__KIND", "openai", ["providers.x.base_url: is required"]),
+        ("AIBRIDGE_IDENTITY__TRUSTED_PROXIES", '["10.0.0.0/8"', ["identity.trusted_proxies:", "10.0.0.0/8"]),
+        ("AIBRIDGE_PROVIDERS__OPENAI__API_KEY", "", ["providers.openai.api_key:", "empty"]),
+        ("AIBRIDGE_PROVIDERS__OPENAI__API_KEY__ENV", "NOT_SET", ["providers.openai.api_key:", "NOT_SET is not set"]),
+        ("OPENAI_BASE_URL", "api.openai.com", ["providers.openai.base_url:", "http:// or https://"]),
+    ],
+)
+def test_a_mistake_in_a_variable(name: str, value: str, said: list[str]) -> None:
+    message = refusal(env={name: value})
+    assert [part for part in said if part not in message] == [], message
+
+
+def test_variables_of_others_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Kubernetes sets these for a service called "aibridge"; the last is one of this project's tests.
+    for name in ("AIBRIDGE_PORT", "AIBRIDGE_SERVICE_HOST", "AIBRIDGE_PORT_8080_TCP", "AIBRIDGE_FUZZ_EXAMPLES"):
+        monkeypatch.setenv(name, "tcp://10.0.0.1:8080")
+    assert load().server.port == 8080
+
+
+def test_a_mistake_on_the_command_line() -> None:
+    assert "server.port:" in refusal(server={"port": 70000})
+
+
+def test_a_file_that_is_not_there_or_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"no configuration file .*nope\.toml"):
+        load(tmp_path / "nope.toml")
+    (tmp_path / "latin.toml").write_bytes(b'[server]\nhost = "\xe9"')
+    with pytest.raises(ConfigurationError, match=r"latin\.toml cannot be read"):
+        load(tmp_path / "latin.toml")
+
+
+@pytest.mark.parametrize(
+    ("server", "url"),
+    [
+        ("", "http://127.0.0.1:8080/openai/v1"),
+        ("", "http://localhost:8080/v1"),
+        ("", "http://[::1]:8080/v1"),
+        ("port = 80", "http://localhost/v1"),
+        ('host = "0.0.0.0"', "http://127.0.0.1:8080/v1"),
+        ('host = "10.1.2.3"', "http://10.1.2.3:8080/v1"),
+    ],
+)
+def test_a_provider_that_is_this_gateway(server: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    identity = '[identity]\nheader = "X-User"\ntrusted_proxies = ["10.0.0.0/8"]\n'
+    message = refusal(f'[server]\n{server}\n{identity}[providers.openai]\nbase_url = "{url}"')
+    assert "providers.openai.base_url points at this gateway itself" in message and "OPENAI_BASE_URL" not in message
+    message = refusal(f"[server]\n{server}\n{identity}", {"OPENAI_BASE_URL": url})
+    assert "providers.openai.base_url points at this gateway itself" in message and "OPENAI_BASE_URL" in message
+
+
+@pytest.mark.parametrize(
+    ("server", "url"), [("", "http://127.0.0.1:11434/v1"), ('host = "10.1.2.3"', "http://127.0.0.1:8080/v1")]
+)
+def test_a_provider_beside_this_gateway(server: str, url: str) -> None:
+    identity = '[identity]\nheader = "X-User"\ntrusted_proxies = ["10.0.0.0/8"]\n'
+    assert configured(f'[server]\n{server}\n{identity}[providers.openai]\nbase_url = "{url}"').enabled_providers()
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.1.2.3", "gateway.internal"])
+def test_other_binds_need_an_authenticator(host: str) -> None:
+    message = refusal(f'[server]\nhost = "{host}"')
+    assert "server.host" in message and "identity.header" in message and "127.0.0.1" in message
+    message = refusal(f'[server]\nhost = "{host}"\n[identity]\nheader = "X-User"')
+    assert "identity.trusted_proxies" in message and "10.0.0.0/8" in message
+    settings = configured(f'[server]\nhost = "{host}"\n[identity]\nheader = "X-User"\ntrusted_proxies = ["10.0.0.0/8"]')
+    assert not settings.server.on_loopback
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_loopback_needs_none(host: str) -> None:
+    assert configured(f'[server]\nhost = "{host}"').server.on_loopback
+
+
+# ---- the documentation ----
+
+
+@pytest.mark.parametrize(("key", "field"), list(all_keys()), ids=[key for key, _ in all_keys()])
+def test_every_setting_is_documented(key: str, field: Any) -> None:
+    rows = [line for line in DOCUMENTATION.read_text().splitlines() if line.startswith(f"| `{key}` |")]
+    assert len(rows) == 1, "one row"
+    default, meaning = [cell.strip(" |") for cell in rows[0].split(" | ")][2:4]
+    assert f"`AIBRIDGE_{key.upper().replace('.', '__')}`" in meaning
+    if field.is_required():
+        assert default.startswith("required")
+    elif field.default is None:
+        assert default == "none"
+    else:
+        shown = [] if field.default == () else field.default
+        assert tomllib.loads(f"x = {default.strip('`')}")["x"] == shown
+    for option in get_args(field.annotation):
+        assert not isinstance(option, str) or f'`"{option}"`' in rows[0], "each choice is named"
+
+
+def test_no_other_setting_is_documented() -> None:
+    documented = set(re.findall(r"^\| `([a-z_]+\.[A-Za-z_.]+)` \|", DOCUMENTATION.read_text(), re.MULTILINE))
+    assert documented == {key for key, _ in all_keys()}
+
+
+def test_the_examples_in_the_documentation_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "openai").write_text("key")
+    for name in ("COMPANY_ANTHROPIC_KEY", "OPENROUTER_API_KEY"):
+        monkeypatch.setenv(name, "key")
+    examples = re.findall(r"```toml\n(.*?)```", DOCUMENTATION.read_text(), re.DOTALL)
+    assert len(examples) == 3
+    for example in examples:
+        assert configured(example.replace("/run/secrets", str(tmp_path))).enabled_providers()
