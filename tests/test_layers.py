@@ -33,6 +33,7 @@ LAYERS = [
     ["aibridge.recording.writer"],
     ["aibridge.recording.schema", "aibridge.recording.spool"],
     ["aibridge.recording.base"],
+    ["aibridge.httpclient"],
     ["aibridge.asgi", "aibridge.guard", "aibridge.headers", "aibridge.identity", "aibridge.providers", "aibridge.upstream"],
     # the core
     ["aibridge.clients", "aibridge.records"],

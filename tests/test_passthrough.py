@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from aibridge import MemoryRecorder, Provider, RequestBridge, as_actor
+from aibridge.httpclient import HttpUpstream
 from aibridge.ledger import Event, PassedThrough
-from aibridge.upstream import AiohttpUpstream
 from tests.serving import ALICE, Call, Fields, call, scope, serving, settings
 from tests.support.provider import CUT, STALL, Gate, Reply, ScriptedProvider, Wait
 from tests.support.rawclient import RawClient
@@ -209,7 +209,7 @@ async def test_nobody_answers() -> None:
 
 
 async def test_no_answer_in_time() -> None:
-    async with staged(upstream=AiohttpUpstream(idle_timeout=0.2)) as stage:
+    async with staged(upstream=HttpUpstream(idle_timeout=0.2)) as stage:
         stage.provider.reply(Reply(before=[STALL]))
         answer = await stage.call("POST", COUNT, [], b"{}")
         assert answer.status == 504 and answer.json()["error"]["type"] == "timeout_error"

@@ -16,13 +16,14 @@ from aibridge.errors import (
     UnknownRoute,
     UpgradeRefused,
 )
+from aibridge.httpclient import HttpUpstream
 from aibridge.identity import actor_of
 from aibridge.ledger import Ledger, Observer, WhenUnrecordable
 from aibridge.passthrough import pass_through
 from aibridge.providers import Provider, Route
 from aibridge.recording.base import Recorder
 from aibridge.relay import Interceptor, Stopping
-from aibridge.upstream import AiohttpUpstream, Upstream
+from aibridge.upstream import Upstream
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class RequestBridge:
                 raise ValueError(f"two providers are named {provider.name!r}")
             self._providers[provider.name] = provider
         self._ledger = Ledger(recorder, observers, when_unrecordable)
-        self._upstream = AiohttpUpstream() if upstream is None else upstream
+        self._upstream = HttpUpstream() if upstream is None else upstream
         self._max_body_bytes = max_body_bytes
         self._max_header_bytes = max_header_bytes
         self._stopping = Stopping()

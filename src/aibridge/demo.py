@@ -13,10 +13,10 @@ from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any, Final
 
-import aiohttp
 import uvicorn
 
 from aibridge.config import DatabaseSettings, ServerSettings, Settings
+from aibridge.httpclient import HttpUpstream
 from aibridge.server import Server, uvicorn_config
 from aibridge.upstream import MemoryResponse, MemoryUpstream, UpstreamRequest
 from aibridge.wire.observer import ResponseHead
@@ -43,15 +43,15 @@ async def play(database: Path | None = None) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         path = (database or Path(folder) / "demo.db").absolute()
         lines = []
-        async with _gateway(path) as url, aiohttp.ClientSession(headers=_CLIENT) as session:
+        async with _gateway(path) as url:
             lines += [f"The gateway runs at {url}, its provider is a script.", "", f"user       {_QUESTION}"]
             messages: list[Any] = [{"role": "user", "content": _QUESTION}]
-            turn = await _turn(session, url, messages)
+            turn = await _turn(url, messages)
             lines += [f"{kind:<10} {text}" for kind, text in _spoken(turn)]
             result = {"type": "tool_result", "tool_use_id": turn[-1]["id"], "content": _WEATHER}
             messages += [{"role": "assistant", "content": turn}, {"role": "user", "content": [result]}]
             lines.append(f"{'result':<10} {_WEATHER}")
-            lines += [f"{kind:<10} {text}" for kind, text in _spoken(await _turn(session, url, messages))]
+            lines += [f"{kind:<10} {text}" for kind, text in _spoken(await _turn(url, messages))]
         lines += ["", "What the ledger says about it:"]
         with closing(sqlite3.connect(path)) as ledger:
             for title, query in _TABLES.items():
@@ -59,7 +59,11 @@ async def play(database: Path | None = None) -> list[str]:
     return lines
 
 
-_CLIENT: Final = {"user-agent": "claude-cli/2.1.330 (demo)", "x-claude-code-session-id": "demo-session"}
+_CLIENT: Final = [
+    (b"content-type", b"application/json"),
+    (b"user-agent", b"claude-cli/2.1.330 (demo)"),
+    (b"x-claude-code-session-id", b"demo-session"),
+]
 
 
 @asynccontextmanager
@@ -78,18 +82,19 @@ async def _gateway(database: Path) -> AsyncIterator[str]:
             await serving
 
 
-async def _turn(session: aiohttp.ClientSession, url: str, messages: list[Any]) -> list[dict[str, Any]]:
+async def _turn(url: str, messages: list[Any]) -> list[dict[str, Any]]:
     """One request of a client that streams: the content blocks of the answer."""
     body = {"model": _MODEL, "max_tokens": 1000, "stream": True, "messages": messages}
-    decoder, blocks = SseDecoder(), []
-    async with session.post(f"{url}/anthropic/v1/messages", json=body) as response:
-        async for chunk in response.content.iter_any():
-            for frame in decoder.feed(chunk):
-                event = json.loads(frame.data or b"{}")
-                if event.get("type") == "content_block_start":
-                    blocks.append(event["content_block"])
-                elif event.get("type") == "content_block_delta":
-                    _apply(blocks[-1], event["delta"])
+    client, decoder, blocks = HttpUpstream(), SseDecoder(), list[dict[str, Any]]()
+    response = await client.send(UpstreamRequest("POST", f"{url}/anthropic/v1/messages", _CLIENT, json.dumps(body).encode()))
+    while chunk := await response.read():
+        for frame in decoder.feed(chunk):
+            event = json.loads(frame.data or b"{}")
+            if event.get("type") == "content_block_start":
+                blocks.append(event["content_block"])
+            elif event.get("type") == "content_block_delta":
+                _apply(blocks[-1], event["delta"])
+    await client.aclose()
     return blocks
 
 

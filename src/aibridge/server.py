@@ -22,10 +22,11 @@ from aibridge.bridge import RequestBridge
 from aibridge.config import Settings
 from aibridge.errors import BadRequest, BridgeError, HeadersTooLarge, NotAuthenticated, error_body
 from aibridge.guard import LoopbackGuard
+from aibridge.httpclient import HttpUpstream
 from aibridge.identity import Authenticator, LocalUser, TrustedProxy, as_actor, without_headers
 from aibridge.metrics import Metrics
 from aibridge.recording import Recorder, SqliteRecorder
-from aibridge.upstream import AiohttpUpstream, Upstream
+from aibridge.upstream import Upstream
 
 # A client's pooled connection should end on the client's side: one that we close under its next request costs it an error.
 _KEEP_ALIVE_SECONDS: Final = 75
@@ -93,7 +94,7 @@ def _authenticator(settings: Settings) -> Authenticator:
 
 def upstream_of(settings: Settings) -> Upstream:
     """The connections to the providers, as configured."""
-    return AiohttpUpstream(connect_timeout=settings.upstream.connect_timeout, idle_timeout=settings.upstream.idle_timeout)
+    return HttpUpstream(connect_timeout=settings.upstream.connect_timeout, idle_timeout=settings.upstream.idle_timeout)
 
 
 async def _answer(client: ClientConnection, content_type: bytes, body: bytes) -> None:
