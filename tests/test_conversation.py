@@ -169,11 +169,12 @@ def test_a_response_without_a_body_that_cannot_be_recorded() -> None:
     [(messages(), START + DELTA, STOP), (chat(), HELLO + FINISH + COUNTED, DONE), (responses(), CREATED, COMPLETED)],
 )
 def test_the_end_is_held_back_wherever_it_is_split(request_: Request, stream: bytes, end: bytes) -> None:
-    """The blank line after the last event completes it: a client cannot have that before the records are durable."""
+    """Neither the blank line that completes the last event, nor the line before it, on which clients that read by line act,
+    can a client have before the records are durable."""
     for at in range(len(end)):
-        played = play(request_, STREAM, [stream + end[:at], end[at:]])
+        played = play(request_, STREAM, [stream, end[:at], end[at:]] if at else [stream, end])
         assert played.relayed == stream + end
-        assert played.before_end == stream + end[:at]
+        assert played.before_end == stream + (end[:at] if at < len(end) - 1 else b"")
         assert played.facts[0].usage is not None
         assert played.facts[0].usage.output_tokens == 5
 
@@ -248,11 +249,13 @@ def test_a_stream_of_a_provider_that_does_not_say_so(content_type: str) -> None:
 @pytest.mark.parametrize("request_", [messages(), messages(stream=False), chat(), responses()])
 @pytest.mark.parametrize("error", [UpstreamError("refused"), UpstreamTimeout("no answer in time")])
 def test_a_provider_that_cannot_be_reached(request_: Request, error: UpstreamError) -> None:
-    """Nothing was relayed yet, so it is an HTTP error, in the provider's shape; and there is no usage to know of."""
+    """Nothing was relayed yet, so it is an HTTP error, in the provider's shape. There is no usage to know of, unless the
+    provider may have begun: then it is known that nobody knows."""
     body = error_body(request_.format.kind, error.status, error.message)
     talk = Dialogue(request_)
     talk(Send(request_), error)
-    talk(Record(ResponseFacts()))
+    sent = isinstance(error, UpstreamTimeout)
+    talk(Record(ResponseFacts(usage=Usage(), completeness="partial") if sent else ResponseFacts()))
     talk(End("failed", error.status, error.message))
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     talk(Respond(error.status, headers))
@@ -654,6 +657,10 @@ def test_no_client_sees_the_end_of_a_response_that_has_not_ended(form: str, unre
             played = play(request, STREAM, [*chunks, end[at:]], at_end=UNRECORDED)
         else:
             played = play(request, STREAM, [*chunks, CUT])
+            if at == len(end) - 1:  # all but its blank line, without which clients read it as well
+                assert played.end == End("completed", 200)
+                assert played.relayed == begun + end[:at]
+                continue
         reader = FORMATS[form].reader()
         for frame in SseDecoder().feed(played.relayed):
             with suppress(Unreadable):

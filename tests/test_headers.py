@@ -117,12 +117,9 @@ def test_the_hint_is_the_end_of_a_credential(value: bytes, hint: str) -> None:
 
 
 @pytest.mark.parametrize("value", [b"Bearer hunter2", b"hunter2", b"Bearer", b"\xa0", b"Bearer \xe9", b"\x85\x1c x"])
-def test_a_short_credential_is_hinted_at_by_a_digest(value: bytes) -> None:
-    hint = to_upstream([(b"authorization", value)], "anthropic", None).credential_hint
-    assert hint is not None
-    assert hint.startswith("sha256:")
-    assert len(hint) == len("sha256:") + 8
-    assert "hunter2" not in hint
+def test_of_a_short_credential_nothing_is_told(value: bytes) -> None:
+    """Not a digest either, which would confirm a guess."""
+    assert to_upstream([(b"authorization", value)], "anthropic", None).credential_hint == "..."
 
 
 @given(st.binary(min_size=1, max_size=60))
@@ -131,7 +128,7 @@ def test_a_hint_gives_little_away_of_anything(value: bytes) -> None:
     if found.credential_hint is not None:
         (secret,) = found.secrets
         shown = found.credential_hint.removeprefix("...")
-        assert found.credential_hint.startswith("sha256:") or (len(shown) == 4 and len(secret) >= 16)
+        assert not shown or (len(shown) == 4 and len(secret) >= 16)
 
 
 # --- what passes ------------------------------------------------------------------------------------------------------

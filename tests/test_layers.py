@@ -34,10 +34,11 @@ LAYERS = [
     ["aibridge.recording.schema", "aibridge.recording.spool"],
     ["aibridge.recording.base"],
     ["aibridge.httpclient"],
-    ["aibridge.asgi", "aibridge.guard", "aibridge.headers", "aibridge.identity", "aibridge.providers", "aibridge.upstream"],
+    ["aibridge.guard", "aibridge.headers", "aibridge.identity", "aibridge.providers", "aibridge.upstream"],
+    ["aibridge.asgi", "aibridge.interruptible"],
     # the core
-    ["aibridge.clients", "aibridge.records"],
     ["aibridge.conversation"],
+    ["aibridge.clients", "aibridge.records"],
     ["aibridge.wire"],
     ["aibridge.wire.responses"],
     ["aibridge.wire.chat", "aibridge.wire.messages", "aibridge.wire.observer"],
@@ -49,7 +50,7 @@ LAYERS = [
 
 DEPTH = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
 
-CORE = [module for module in DEPTH if DEPTH[module] >= DEPTH["aibridge.clients"]]
+CORE = [module for module in DEPTH if DEPTH[module] >= DEPTH["aibridge.conversation"]]
 
 # All that the core takes from elsewhere. Nothing here waits, reads a clock, logs, or knows the system it runs on.
 PURE = {

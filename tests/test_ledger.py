@@ -106,13 +106,20 @@ class Promising:
 
     def keep(self, record: Record) -> asyncio.Future[None]:
         self.records.append(record)
-        self.futures.append(asyncio.get_running_loop().create_future())
-        if self.is_open:
-            self.futures[-1].set_result(None)
-        return self.futures[-1]
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        self.futures.append(future)
+        if self.is_open:  # never at once: a database takes its time
+            loop.call_soon(settle, future)
+        return future
 
     record_interception = record_interception_ended = keep
     record_token_usage = record_prompt_usage = record_tool_usage = keep
+
+
+def settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def open_gate(recorder: Gated | Promising) -> None:
@@ -121,8 +128,7 @@ def open_gate(recorder: Gated | Promising) -> None:
         return
     recorder.is_open = True
     for future in recorder.futures:
-        if not future.done():
-            future.set_result(None)
+        settle(future)
 
 
 def close_gate(recorder: Gated | Promising) -> None:

@@ -184,7 +184,7 @@ def test_ten_thousand_models_leave_a_bounded_number_of_series() -> None:
 
 @pytest.mark.parametrize("label", ["model", "who", "client", "tool"])
 def test_each_label_from_outside_is_bounded(label: str) -> None:
-    counted = Counted(max_label_values=3)
+    counted = Counted(max_label_values=3, max_initiators=3)
     for number in range(20):
         value = f"{label}-{number}"
         began = counted.begin(**({label: value} if label != "tool" else {}))

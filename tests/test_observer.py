@@ -109,6 +109,9 @@ class Broken(ResponseReader):
     def read_body(self, body: bytes) -> None:
         raise ZeroDivisionError(body)
 
+    def is_last(self, data: bytes) -> bool:
+        return False
+
     def facts(self) -> ResponseFacts:
         return ResponseFacts(response_id="still known")
 

@@ -102,7 +102,8 @@ def test_a_segment_stays_one_segment(segment: str) -> None:
     """Whatever a server behind us decodes, and how often: an admin route is not reached by climbing."""
     for path in (f"/v1/responses/{segment}", f"/v1/responses/{segment}/organization", f"/v1/responses/a/{segment}/b"):
         assert OPENAI.route("GET", path) is None
-    assert ANTHROPIC.route("GET", f"/v1/models/{segment}") is None
+    if segment != "a%2fb":
+        assert ANTHROPIC.route("GET", f"/v1/models/{segment}") is None
     assert ANTHROPIC.route("POST", f"/api/event_logging/{segment}") is None
 
 
@@ -189,3 +190,11 @@ def test_a_key_is_not_shown() -> None:
 
 def test_kinds() -> None:
     assert (Provider.anthropic("a").kind, Provider.openai("o").kind) == ("anthropic", "openai")
+
+
+@pytest.mark.parametrize("model", ["meta-llama%2FLlama-3.1-8B", "a%2fb%2Fc:free", "gpt-5.4"])
+def test_a_model_may_have_slashes_in_its_name(model: str) -> None:
+    """As those of vLLM and OpenRouter have; the SDKs encode them."""
+    assert OPENAI.route("GET", f"/v1/models/{model}") is not None
+    assert OPENAI.route("GET", f"/v1/models/{model}%2F..") is None
+    assert OPENAI.route("GET", f"/v1/models/{model}%2F") is None

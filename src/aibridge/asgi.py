@@ -1,18 +1,20 @@
 """The client's side of one request, on top of ASGI."""
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, MutableMapping
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from contextlib import suppress
+from typing import Any, Final
 from urllib.parse import quote
 
 from aibridge.errors import BodyTooLarge, BridgeError, ClientDisconnected, ProviderKind, error_body
 from aibridge.wire.base import Headers
 
+_MAX_DIGITS: Final = 18
+_BODILESS: Final = (204, 304)
+
 Scope = Mapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-T = TypeVar("T")
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
@@ -42,7 +44,7 @@ class ClientConnection:
         """The request body as it comes. Raises `BodyTooLarge` or `ClientDisconnected`."""
         left = limit
         declared = self.header(b"content-length")
-        if declared.isdecimal() and int(declared) > limit:
+        if declared.isdecimal() and (len(declared) > _MAX_DIGITS or int(declared) > limit):
             self.upload_error = _too_large(limit)
             raise self.upload_error
         more = True
@@ -67,69 +69,32 @@ class ClientConnection:
     async def respond(self, status: int, headers: Headers) -> None:
         """Begin the response."""
         self.started = True
-        await self._send({"type": "http.response.start", "status": status, "headers": list(headers)})
+        if status in _BODILESS:  # a length there is that of another body (RFC 9110 section 8.6); servers wait for it
+            headers = [field for field in headers if field[0] != b"content-length"]
+        await self._tell({"type": "http.response.start", "status": status, "headers": list(headers)})
 
     async def relay(self, data: bytes) -> None:
         """Write a piece of the response body; waits while the client is slow to read."""
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        await self._tell({"type": "http.response.body", "body": data, "more_body": True})
 
     async def finish(self) -> None:
         """End the response."""
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        await self._tell({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def refuse(self, kind: ProviderKind, error: BridgeError) -> None:
         """Answer with an error of our own, in the provider's shape."""
         body = error_body(kind, error.status, error.message)
-        await self.respond(
-            error.status,
-            [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *error.headers],
-        )
-        await self.relay(b"" if self.method == "HEAD" else body)
-        await self.finish()
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *error.headers]
+        with suppress(ClientDisconnected):
+            await self.respond(error.status, headers)
+            await self.relay(b"" if self.method == "HEAD" else body)
+            await self.finish()
 
-
-class Interruptible:
-    """Lets somebody else end one wait of the task that runs it, with an event of their choice.
-
-    Only waits under `wait` end early; between them the task is left alone. One event is raised and no other after it, so
-    that what the task does about it is not interrupted in turn; being cancelled counts as that event. Cheaper than a task
-    for each wait, which would be one for each streamed event.
-    """
-
-    def __init__(self) -> None:
-        self._task: asyncio.Task[Any] | None = asyncio.current_task()
-        self._waiting = False
-        self._event: Exception | None = None
-        self._spent = False
-
-    def interrupt(self, event: Exception) -> None:
-        """End the wait under way, or else the next one, by raising `event` in it."""
-        if self._event is None and not self._spent:
-            self._event = event
-            if self._waiting and self._task is not None:
-                self._task.cancel()
-
-    async def wait(self, awaitable: Awaitable[T]) -> T:
-        """Wait for something. Raises the event of `interrupt`, or CancelledError where the task is cancelled."""
-        if self._event is not None:
-            if isinstance(awaitable, Coroutine):
-                awaitable.close()
-            raise self._take_event(self._event)
-        self._waiting = True
+    async def _tell(self, message: Message) -> None:
         try:
-            return await awaitable
-        except asyncio.CancelledError:
-            self._spent = True
-            if self._event is None or self._task is None:
-                raise
-            self._task.uncancel()
-            raise self._take_event(self._event) from None
-        finally:
-            self._waiting = False
-
-    def _take_event(self, event: Exception) -> Exception:
-        self._event, self._spent = None, True
-        return event
+            await self._send(message)
+        except OSError:  # since version 2.4 of the ASGI specification servers may say so in this way
+            raise ClientDisconnected from None
 
 
 def path_of(scope: Scope) -> str:

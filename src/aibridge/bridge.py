@@ -18,11 +18,12 @@ from aibridge.errors import (
 )
 from aibridge.httpclient import HttpUpstream
 from aibridge.identity import actor_of
+from aibridge.interruptible import Stopping
 from aibridge.ledger import Ledger, Observer, WhenUnrecordable
 from aibridge.passthrough import pass_through
 from aibridge.providers import Provider, Route
 from aibridge.recording.base import Recorder
-from aibridge.relay import Interceptor, Stopping
+from aibridge.relay import Interceptor
 from aibridge.upstream import Upstream
 
 logger = logging.getLogger(__name__)

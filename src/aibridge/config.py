@@ -103,6 +103,7 @@ class ServerSettings(_Section):
     allowed_hosts: Listed = Field(
         default=(), description="names under which a server on loopback may be addressed, beside localhost and its address"
     )
+    workers: int = Field(default=1, ge=1, le=1, description="processes that serve; there can be only one so far")
     shutdown_grace: float = Field(
         default=20.0, ge=0, description="seconds that responses under way get to end after SIGTERM"
     )

@@ -8,8 +8,8 @@ code, runs without an event loop in tests, and leaves clocks, sockets and ids to
     command = conversation.send(head)        # Respond(...), then Receive() ...
     command = conversation.throw(error)      # what went wrong while carrying out the last command
 
-What may be thrown in: `UpstreamError` at Send and Receive, `ClientDisconnected` at Send, Receive and Relay,
-`Interrupted` at Send, Receive and Relay, `RecordingFailed` at End. Nothing else, and nothing comes out.
+What may be thrown in: `UpstreamError` at Send and Receive, `ClientDisconnected` and `Interrupted` at Send, Receive, Respond
+and Relay, `RecordingFailed` at End. Nothing else, and nothing comes out.
 
 *Durable before done*: the bytes that make a response look complete to the client (its last event, the end of a declared
 length, the end of the body) are yielded after `End`, and the shell carries out `End` by waiting until the records are
@@ -19,7 +19,7 @@ committed. If they cannot be, the client is told so in place of an end.
 from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from aibridge.errors import (
     BridgeError,
@@ -27,14 +27,13 @@ from aibridge.errors import (
     Interrupted,
     RecordingFailed,
     UpstreamError,
+    UpstreamTimeout,
     error_body,
 )
+from aibridge.records import Status
 from aibridge.wire.base import Headers, Request, ResponseFacts, ResponseFilter, Usage
 from aibridge.wire.coding import CodingError, Decoder, decoder
 from aibridge.wire.observer import Observer, ResponseHead
-
-Status = Literal["in_progress", "completed", "failed", "client_disconnected", "interrupted"]
-"""How far an interception has come, or how it ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +89,8 @@ Conversation = Generator[Command, Any, None]
 
 _CUT: Final = UpstreamError("The provider's response ended before it was complete.")
 _SHUTDOWN: Final = UpstreamError("The gateway is shutting down.")
+# The provider may have begun, and bill it: the figures are not known, but it is known that there are some.
+_NOBODY_KNOWS: Final = ResponseFacts(usage=Usage(), completeness="partial")
 _DROPPED_WHEN_EDITED: Final = (b"content-length", b"content-encoding")
 
 
@@ -98,21 +99,17 @@ def converse(request: Request) -> Conversation:
     try:
         head = yield Send(request)
     except UpstreamError as error:
-        yield Record(ResponseFacts())
+        yield Record(_NOBODY_KNOWS if isinstance(error, UpstreamTimeout) else ResponseFacts())
         unrecorded = yield from _end(End("failed", error.status, error.message))
         yield from _refuse(request, unrecorded or error)
         return
     except (ClientDisconnected, Interrupted) as event:
-        # The provider may have begun, and bill it: the figures are not known, but it is known that there are some.
-        yield Record(ResponseFacts(usage=Usage(), completeness="partial"))
+        yield Record(_NOBODY_KNOWS)
         unrecorded = yield from _end(End(_status_of(event)))
         if isinstance(event, Interrupted):
             yield from _refuse(request, unrecorded or _SHUTDOWN)
         return
     merger = Merger(request, head)
-    beginning = Respond(head.status, merger.headers)
-    if not merger.bodiless:
-        yield beginning
     end = yield from _relay(merger)
     yield Record(merger.facts)
     merger.failure = (yield from _end(end)) or merger.failure
@@ -121,7 +118,7 @@ def converse(request: Request) -> Conversation:
     if merger.failure is not None:
         yield from _refuse(request, merger.failure) if merger.bodiless else _break_off(merger)
     elif merger.bodiless:  # then its beginning is its end
-        yield beginning
+        yield from _last_words(merger.beginning)
     else:
         yield from _finish(merger)
 
@@ -130,6 +127,8 @@ def _relay(merger: "Merger") -> Generator[Command, Any, End]:
     """Relay the response up to its end, which is held back. Answers how the interception ended."""
     listening = True
     try:
+        if not merger.bodiless:
+            yield merger.beginning
         while not merger.bodiless and (chunk := (yield Receive())):
             listening = yield Relay(merger.feed(chunk))
             if merger.finished:
@@ -153,6 +152,8 @@ def _finish(merger: "Merger") -> Conversation:
         yield Relay(merger.finish())
         while chunk := (yield Receive()):
             yield Relay(merger.feed(chunk))
+        if rest := merger.rest():
+            yield Relay(rest)
 
 
 def _end(end: End) -> Generator[Command, Any, RecordingFailed | None]:
@@ -170,8 +171,8 @@ def _status_of(event: ClientDisconnected | Interrupted) -> Status:
 def _refuse(request: Request, error: BridgeError) -> Conversation:
     """Answer with an error of our own, before anything was relayed."""
     body = error_body(request.format.kind, error.status, error.message)
-    yield Respond(error.status, [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))])
-    yield from _last_words(body)
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    yield from _last_words(Respond(error.status, headers), Relay(body))
 
 
 def _break_off(merger: "Merger") -> Conversation:
@@ -180,12 +181,13 @@ def _break_off(merger: "Merger") -> Conversation:
     if event is None:
         yield Abort()
     else:
-        yield from _last_words(event)
+        yield from _last_words(Relay(event))
 
 
-def _last_words(data: bytes) -> Conversation:
+def _last_words(*commands: Command) -> Conversation:
     try:
-        yield Relay(data)
+        for command in commands:  # noqa: UP028  a tuple takes no answers
+            yield command
     except (ClientDisconnected, Interrupted):
         yield Abort()
 
@@ -210,7 +212,8 @@ class Merger:
         self._whole_events = True  # what was passed on before bytes were held ended between two events
         self.failure: BridgeError | None = None
         edited = self._filter is not None
-        self.headers = [field for field in head.headers if not (edited and field[0] in _DROPPED_WHEN_EDITED)]
+        headers = [field for field in head.headers if not (edited and field[0] in _DROPPED_WHEN_EDITED)]
+        self.beginning = Respond(head.status, headers)
 
     @property
     def finished(self) -> bool:
@@ -247,18 +250,19 @@ class Merger:
 
     def end(self) -> None:
         """The provider has ended its response, or its last event has come. Raises `UpstreamError` if that is too early."""
-        at_eof = not self.finished
         self._observer.end()
         if self._success and not self._observer.ends_at_eof:
             raise _CUT
-        if self._filter is not None and self._held is not None and at_eof:
-            self._held.append(self._filter.rest())
 
     def finish(self) -> bytes:
         """What was held back. From here on nothing is."""
         held = b"".join(self._held or ())
         self._held = None
         return held
+
+    def rest(self) -> bytes:
+        """What an edited stream has left at its end."""
+        return b"" if self._filter is None else self._filter.rest()
 
     def error_event(self) -> bytes | None:
         """The failure as an event of the stream; None where there is no room for one."""

@@ -423,6 +423,9 @@ class _Connection(asyncio.Protocol):
             return
         if self._head is None or self._head.done():
             return
+        if status == 101:  # nobody asked for another protocol
+            self._fail(UpstreamError(f"{_UNREACHABLE}: its answer is not HTTP."))
+            return
         self._response = _Response(self, ResponseHead(status, self._fields))
         self._head.set_result(self._response)
         if self._without_body:
@@ -456,7 +459,7 @@ class _Connection(asyncio.Protocol):
             self._transport.close()
 
     def _reusable(self, head: ResponseHead) -> bool:
-        return self._parser.should_keep_alive() and not _ends_with_connection(head) and head.status != 101
+        return self._parser.should_keep_alive() and not _ends_with_connection(head)
 
     def _fail(self, failure: UpstreamError) -> None:
         """Tell whoever waits, and drop the connection."""

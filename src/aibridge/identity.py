@@ -10,12 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
+from aibridge.asgi import Scope
 from aibridge.wire.base import Headers
 
 SCOPE_KEY: Final = "aibridge.actor"
-
-Scope = Mapping[str, Any]
-"""An ASGI connection scope."""
 
 
 @dataclass(frozen=True, slots=True)

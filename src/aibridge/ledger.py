@@ -29,7 +29,7 @@ from aibridge.records import (
     TokenUsage,
     ToolUsage,
 )
-from aibridge.wire.base import RequestFacts, ResponseFacts
+from aibridge.wire.base import RequestFacts, ResponseFacts, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +121,7 @@ class Entry:
         self._prompt_recorded = False
         self._pending: list[asyncio.Future[None]] = []
         self._lost = False
+        self._ended = False
 
     async def start(self) -> None:
         """Record the start. Raises `RecordingFailed` when that cannot be done and the policy is to refuse."""
@@ -194,6 +195,17 @@ class Entry:
 
         Raises `RecordingFailed` when one was lost and the policy is to refuse.
         """
+        self._put_end(end)
+        await self._settle()
+
+    def abandon(self) -> None:
+        """Whoever was to end the interception has failed: it must not stay open. Does not wait, and not end it twice."""
+        if not self._ended:
+            self.record(ResponseFacts(usage=Usage(), completeness="partial"))
+            self._put_end(End("failed", error="the gateway failed"))
+
+    def _put_end(self, end: End) -> None:
+        self._ended = True
         waited = None if self._first_byte is None else round((self._first_byte - self._started) * 1000, 3)
         self._put(
             InterceptionEnded(
@@ -205,7 +217,6 @@ class Entry:
                 time_to_first_byte_ms=waited,
             )
         )
-        await self._settle()
 
     def _put(self, record: Record) -> None:
         self._hand_over(record)
@@ -241,7 +252,9 @@ class Entry:
     async def _settle(self) -> None:
         """Wait for all records that were handed over. Cancelling the wait does not cancel the writing."""
         if self._pending:
-            await asyncio.wait(self._pending)
+            for future in reversed(self._pending):  # they are done in order, so the first wait is mostly the only one
+                if not future.done():
+                    await asyncio.wait([future])
             self._pending.clear()
         if self._lost and self._ledger.when_unrecordable == "refuse":
             raise RecordingFailed("The request cannot be recorded at the moment, so it is not served.")

@@ -12,6 +12,7 @@ from aibridge.ledger import Event, PassedThrough, RecordLost
 from aibridge.records import Interception, InterceptionEnded, PromptUsage, TokenUsage, ToolUsage
 
 MAX_LABEL_VALUES: Final = 200
+MAX_INITIATORS: Final = 5000
 _MAX_LABEL_LENGTH: Final = 128
 _OTHER: Final = "other"
 _METHOD: Final = "POST"  # of every intercepted route
@@ -40,11 +41,16 @@ class Metrics:
     """Counts what happens. Give it to a `RequestBridge` as an observer.
 
     `namespace` is put before each name, with an underscore; the server uses ``aibridge``. `max_label_values` bounds the
-    distinct values of each label that clients influence.
+    distinct values of each label that clients influence, `max_initiators` those of the actors, who are authenticated.
     """
 
     def __init__(
-        self, registry: CollectorRegistry, *, namespace: str = "", max_label_values: int = MAX_LABEL_VALUES
+        self,
+        registry: CollectorRegistry,
+        *,
+        namespace: str = "",
+        max_label_values: int = MAX_LABEL_VALUES,
+        max_initiators: int = MAX_INITIATORS,
     ) -> None:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, labels, namespace=namespace, registry=registry)
@@ -89,7 +95,7 @@ class Metrics:
         self._passthrough = counter("passthrough_total", "Requests on passthrough routes.", "provider", "route", "method")
         self._lost = counter("records_lost_total", "Records that neither database nor spool could keep.", "kind")
         self._model = _Bounded(max_label_values)
-        self._initiator = _Bounded(max_label_values)
+        self._initiator = _Bounded(max_initiators)
         self._client = _Bounded(max_label_values)
         self._tool = _Bounded(max_label_values)
         self._open: dict[str, Interception] = {}

@@ -3,9 +3,10 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 
-from aibridge.asgi import ClientConnection, Interruptible
+from aibridge.asgi import ClientConnection
 from aibridge.errors import BridgeError, ClientDisconnected, UpstreamError
 from aibridge.headers import to_client, to_upstream
+from aibridge.interruptible import Interruptible
 from aibridge.ledger import Observer, PassedThrough, notify
 from aibridge.providers import Provider, Route
 from aibridge.upstream import Body, Upstream, UpstreamRequest

@@ -46,7 +46,7 @@ class Route:
             if not rest or not all(map(_plain_segment, rest)):
                 return False
         return len(wanted) == len(found) and all(
-            _plain_segment(there) if here == "{id}" else here == there for here, there in zip(wanted, found, strict=True)
+            _plain_id(there) if here == "{id}" else here == there for here, there in zip(wanted, found, strict=True)
         )
 
 
@@ -54,6 +54,11 @@ def _plain_segment(segment: str) -> bool:
     """Whether a segment stays one segment, whatever a server behind us decodes: no dots to climb, no hidden slash."""
     plain = unquote(segment)
     return bool(plain) and plain not in _DOTS and "/" not in plain and "\\" not in plain and "%" not in plain
+
+
+def _plain_id(segment: str) -> bool:
+    """Likewise for an id, which may hold slashes as long as they are encoded: ``meta-llama%2FLlama-3.1-8B``."""
+    return all(map(_plain_segment, segment.replace("%2f", "%2F").split("%2F")))
 
 
 _READ: Final = frozenset({"GET", "HEAD"})

@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 import msgspec
 
-from aibridge.conversation import Status
 from aibridge.errors import ProviderKind
 from aibridge.wire.base import Completeness
+
+Status = Literal["in_progress", "completed", "failed", "client_disconnected", "interrupted"]
+"""How far an interception has come, or how it ended."""
 
 CredentialKind = Literal["byok", "centralized"]
 """Whose credential went to the provider: the client brought its own key, or the bridge's configuration has it."""

@@ -7,21 +7,24 @@ sees the end of a response only after its records are durable (`aibridge.convers
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from aibridge.asgi import ClientConnection, Interruptible
+from aibridge.asgi import ClientConnection
 from aibridge.clients import identify
 from aibridge.conversation import Abort, Command, Conversation, End, Receive, Record, Relay, Respond, Send, converse
 from aibridge.errors import BridgeError, ClientDisconnected, Interrupted
 from aibridge.headers import UpstreamHeaders, to_client, to_upstream, without
 from aibridge.identity import Actor
+from aibridge.interruptible import Interruptible, Stopping
 from aibridge.ledger import Entry, Ledger, new_id
 from aibridge.providers import Provider, Route
 from aibridge.records import Interception
 from aibridge.upstream import Upstream, UpstreamRequest, UpstreamResponse
 from aibridge.wire import Request, WireFormat
+from aibridge.wire.base import Headers
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +40,7 @@ class Interceptor:
     ledger: Ledger
     max_body_bytes: int
 
-    async def handle(self, client: ClientConnection, actor: Actor, *, stopping: "Stopping") -> None:
+    async def handle(self, client: ClientConnection, actor: Actor, *, stopping: Stopping) -> None:
         """Serve one request. Raises `BridgeError` where it is refused before anything was sent."""
         body = await client.body(self.max_body_bytes)
         request = self.format.parse(body, client.header(b"content-encoding"))
@@ -46,18 +49,14 @@ class Interceptor:
         headers = to_upstream(client.headers, self.provider.kind, self.provider.api_key)
         entry = Entry(self.ledger, self._interception(client, actor, request, headers), request.facts, headers.secrets)
         await entry.start()
-        fields = headers.fields
+        await _Exchange(self, client, entry, headers.fields).run(converse(request), stopping)
+
+    def upstream_request(self, client: ClientConnection, fields: Headers, request: Request) -> UpstreamRequest:
+        """What goes to the provider for a request of the conversation."""
         if request.hides_usage:  # what will be edited has to be readable
             fields = [*without(fields, b"accept-encoding"), (b"accept-encoding", b"identity")]
-        upstream_request = UpstreamRequest(
-            client.method,
-            self.provider.url(self.route.pattern, client.query),
-            fields,
-            request.body,
-            self.provider.ca_file,
-        )
-        exchange = _Exchange(self, client, entry, upstream_request)
-        await exchange.run(converse(request), stopping)
+        url = self.provider.url(self.route.pattern, client.query)
+        return UpstreamRequest(client.method, url, fields, request.body, self.provider.ca_file)
 
     def _interception(
         self, client: ClientConnection, actor: Actor, request: Request, headers: UpstreamHeaders
@@ -86,44 +85,14 @@ class Interceptor:
         )
 
 
-class Stopping:
-    """The exchanges under way, so that a shutdown can end them."""
-
-    def __init__(self) -> None:
-        self._running: set[Interruptible] = set()
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    def add(self, waits: Interruptible) -> None:
-        """An exchange begins."""
-        self._running.add(waits)
-        self._idle.clear()
-
-    def remove(self, waits: Interruptible) -> None:
-        """An exchange is over, its records are written."""
-        self._running.discard(waits)
-        if not self._running:
-            self._idle.set()
-
-    async def interrupt_all(self, seconds: float) -> None:
-        """End all of them, and wait at most `seconds` for their last records."""
-        for waits in list(self._running):
-            waits.interrupt(Interrupted())
-        try:
-            await asyncio.wait_for(self._idle.wait(), seconds)
-        except TimeoutError:
-            logger.warning("%d exchanges did not end in time", len(self._running))
-
-
 class _Exchange:
     """Carries out the commands of one conversation."""
 
-    def __init__(self, interceptor: Interceptor, client: ClientConnection, entry: Entry, request: UpstreamRequest) -> None:
-        self._provider = interceptor.provider
-        self._upstream = interceptor.upstream
+    def __init__(self, interceptor: Interceptor, client: ClientConnection, entry: Entry, fields: Headers) -> None:
+        self._interceptor = interceptor
         self._client = client
         self._entry = entry
-        self._request = request
+        self._fields = fields
         self._response: UpstreamResponse | None = None
         self._waits = Interruptible()
         self._listening = True
@@ -146,7 +115,11 @@ class _Exchange:
                 except (BridgeError, ClientDisconnected, Interrupted) as event:
                     step, result = conversation.throw, event
             if self._client.started and not self._aborted:
-                await self._client.finish()
+                with suppress(ClientDisconnected):
+                    await self._client.finish()
+        except BaseException:
+            self._entry.abandon()
+            raise
         finally:
             watch.cancel()
             if self._response is not None:
@@ -165,17 +138,18 @@ class _Exchange:
                 if data and self._listening:
                     await self._wait(self._client.relay(data))
                 return self._listening
-            case Send():
-                self._response = await self._wait(self._upstream.send(self._request))
+            case Send(request):
+                sent = self._interceptor.upstream_request(self._client, self._fields, request)
+                self._response = await self._wait(self._interceptor.upstream.send(sent))
                 return self._response.head
             case Respond(status, headers):
-                return await self._client.respond(status, to_client(headers))
+                return await self._wait(self._client.respond(status, to_client(headers)))
             case Record(facts):
                 return self._entry.record(facts)
             case End():
                 return await self._entry.end(command)
             case Abort():
-                logger.warning("a response of provider %s was broken off", self._provider.name)
+                logger.warning("a response of provider %s was broken off", self._interceptor.provider.name)
                 self._aborted = True
                 return None
 
@@ -191,6 +165,6 @@ class _Exchange:
         """Notice that the client has gone: stop the provider at once, or let it finish for the record."""
         await self._client.gone()
         self._listening = False
-        if self._provider.on_disconnect == "drain":
-            await asyncio.sleep(self._provider.drain_seconds)
+        if self._interceptor.provider.on_disconnect == "drain":
+            await asyncio.sleep(self._interceptor.provider.drain_seconds)
         self._waits.interrupt(ClientDisconnected())

@@ -4,6 +4,7 @@ import logging
 import resource
 from typing import Any, Final
 
+import msgspec
 import uvicorn
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from prometheus_client import (
@@ -43,9 +44,10 @@ class Server:
         self._registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self._registry)
+        self._recorder = SqliteRecorder(settings.database.path) if recorder is None else recorder
         self._bridge = RequestBridge(
             settings.enabled_providers(),
-            SqliteRecorder(settings.database.path) if recorder is None else recorder,
+            self._recorder,
             observers=(Metrics(self._registry, namespace="aibridge"),),
             upstream=upstream_of(settings) if upstream is None else upstream,
             when_unrecordable=settings.database.when_unavailable,
@@ -68,13 +70,21 @@ class Server:
                 self._guard.check(client.headers)
             match path_of(scope):
                 case "/healthz":
-                    await _answer(client, b"application/json", b'{"status":"ok"}')
+                    await _answer(client, 200, b"application/json", b'{"status":"ok"}')
+                case "/readyz":
+                    await self._answer_ready(client)
                 case "/metrics":
-                    await _answer(client, CONTENT_TYPE_LATEST.encode(), generate_latest(self._registry))
+                    await _answer(client, 200, CONTENT_TYPE_LATEST.encode(), generate_latest(self._registry))
                 case _:
                     await self._bridge(await self._identified(scope), receive, send)
         except BridgeError as error:
             await client.refuse(self._bridge.kind_of(scope), error)
+
+    async def _answer_ready(self, client: ClientConnection) -> None:
+        """Whether requests would be served now: not where their start cannot be recorded."""
+        problem = getattr(self._recorder, "problem", None)
+        found = {"ready": problem is None, "reasons": [] if problem is None else [problem]}
+        await _answer(client, 200 if problem is None else 503, b"application/json", msgspec.json.encode(found))
 
     async def _identified(self, scope: Scope) -> Scope:
         """The request with its actor, without what said who it is. Without an actor the bridge refuses it."""
@@ -97,9 +107,9 @@ def upstream_of(settings: Settings) -> Upstream:
     return HttpUpstream(connect_timeout=settings.upstream.connect_timeout, idle_timeout=settings.upstream.idle_timeout)
 
 
-async def _answer(client: ClientConnection, content_type: bytes, body: bytes) -> None:
+async def _answer(client: ClientConnection, status: int, content_type: bytes, body: bytes) -> None:
     length = b"%d" % len(body)
-    await client.respond(200, [(b"content-type", content_type), (b"content-length", length)])
+    await client.respond(status, [(b"content-type", content_type), (b"content-length", length)])
     await client.relay(b"" if client.method == "HEAD" else body)
     await client.finish()
 
@@ -156,9 +166,7 @@ class HeadBounded(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._unread += len(data)
         try:
-            self.parser.feed_data(data)
-        except HttpParserUpgrade as upgrade:
-            self._ignore_upgrade(data[upgrade.args[0] :])
+            self._feed(data)
         except HttpParserError:
             self._refuse(BadRequest("This is not HTTP."), b"400 Bad Request")
         if self._unread > 2 * self.max_head and not self.transport.is_closing():
@@ -206,15 +214,23 @@ class HeadBounded(HttpToolsProtocol):
         if self.expect_100_continue and self.cycle.more_body:
             self._hang_up()
 
-    def _ignore_upgrade(self, rest: bytes) -> None:
+    def _feed(self, data: bytes) -> None:
+        while data:
+            try:
+                self.parser.feed_data(data)
+            except HttpParserUpgrade as upgrade:
+                data = data[upgrade.args[0] :]
+                self._ignore_upgrade()
+            else:
+                return
+
+    def _ignore_upgrade(self) -> None:
         """Read on with a parser that knows how the body is framed, but not of the upgrade."""
         framing = (name + b": " + value + b"\r\n" for name, value in self.headers if name in _FRAMING)
         self.parser = HttpRequestParser(self)
         self._resumes = True
         self.parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n" % b"".join(framing))
         self._resumes = False
-        if rest:
-            self.data_received(rest)
 
     def _refuse(self, error: BridgeError, status: bytes) -> None:
         """Answer, unless a response is under way."""

@@ -92,10 +92,10 @@ def check_row(scene: Scene, kind: str | None, secret: str | None) -> None:
 
 async def test_two_credentials_have_two_hints(scene: Scene) -> None:
     scene.handler = lambda _: Reply.json(b"{}")
-    for key in ("sk-ant-api03-aaaaaaaaaaaaaaaa-1111", "sk-ant-api03-aaaaaaaaaaaaaaaa-2222", "short-1", "short-2"):
+    for key in ("sk-ant-api03-aaaaaaaaaaaaaaaa-1111", "sk-ant-api03-aaaaaaaaaaaaaaaa-2222", "short-1"):
         await scene.post(target(MESSAGES), MESSAGES.request, [("x-api-key", key)])
     hints = {row["credential_hint"] for row in scene.ledger().interceptions}
-    assert len(hints) == 4
+    assert hints == {"...1111", "...2222", "..."}
 
 
 async def test_no_credential_is_made_up(scene: Scene) -> None:

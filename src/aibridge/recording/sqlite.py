@@ -73,6 +73,11 @@ class SqliteRecorder:
         spool = Spool(self.path.with_name(self.path.name + "-spool"))
         self._writer = Writer(SqliteStore(self.path, spool), spool)
 
+    @property
+    def problem(self) -> str | None:
+        """Why records cannot be kept at the moment; None where they can, if only in the spool."""
+        return self._writer.problem
+
     async def __aenter__(self) -> Self:
         """Open the database; close what a dead process left open. Raises OSError, sqlite3.Error or `StoreUnavailable`."""
         await self._writer.start()

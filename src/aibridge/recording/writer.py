@@ -124,6 +124,13 @@ class Writer:
         """Tell, in the event loop, of each record that is lost after its future was done."""
         self._loss_reports.append(to)
 
+    @property
+    def problem(self) -> str | None:
+        """Why records cannot be kept at the moment; None where they can, if only in the spool."""
+        if self._opened is None or not self._opened.done() or self._opened.exception() is not None:
+            return "the database is not open"
+        return None if self._failing_since is None else "neither database nor spool take records"
+
     # ---- in the event loop ----
 
     def _ensure_started(self) -> asyncio.Future[None]:

@@ -135,6 +135,10 @@ class ResponseReader(ABC):
         """Take in the data of one server-sent event."""
 
     @abstractmethod
+    def is_last(self, data: bytes) -> bool:
+        """Whether this is the data of the event with which a stream is complete. Never raises."""
+
+    @abstractmethod
     def read_body(self, body: bytes) -> None:
         """Take in a whole JSON body."""
 

@@ -100,10 +100,17 @@ def joined_text(content: Raw | None, part_type: str) -> str:
 
 
 def _with_include_usage(body: bytes) -> bytes:
-    span = member_span(body, "stream_options")
-    if span is None:
+    if body.startswith(b"\xef\xbb\xbf"):  # a byte order mark: no JSON to many servers, so not ours to edit
+        return body
+    given = parse_object(body).get("stream_options")
+    if given is None:
         end = body.rindex(b"}")
         return body[:end] + b',"stream_options":{"include_usage":true}' + body[end:]
+    if boolean(members(given).get("include_usage")):
+        return body
+    span = member_span(body, "stream_options")  # a walk through the whole body: only where there is something to edit in it
+    if span is None:  # a key that is spelt with escapes
+        return body
     start, end = span
     options = body[start:end]
     if options == b"null":
@@ -254,6 +261,10 @@ class ChatReader(ResponseReader):
             self.finished = True
             return
         self._read(parse_object(data), "delta")
+
+    def is_last(self, data: bytes) -> bool:
+        """``[DONE]``."""
+        return data.strip() == DONE
 
     def read_body(self, body: bytes) -> None:
         """Take in a whole JSON body."""

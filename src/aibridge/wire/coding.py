@@ -6,7 +6,7 @@ can decode to gigabytes, so the output is produced piece by piece and stops at a
 
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from typing import Final, Protocol
 
@@ -34,6 +34,8 @@ class Decoder(Protocol):
 def decoder(coding: str, limit: int = MAX_DECODED_BYTES) -> Decoder:
     """A decoder for the value of a ``content-encoding`` header. Raises `CodingError` for one that is not known."""
     name = coding.strip().lower()
+    if "," in name:  # applied in the order in which they are listed (RFC 9110 section 8.4)
+        return _Chain([decoder(one, limit) for one in reversed(name.split(","))])
     if name in ("", "identity"):
         return _Identity()
     if name in ("gzip", "x-gzip"):
@@ -55,6 +57,22 @@ def decode(coding: str, data: bytes, limit: int = MAX_DECODED_BYTES) -> bytes:
 class _Identity:
     def feed(self, chunk: bytes) -> Iterator[bytes]:
         yield chunk
+
+
+class _Chain:
+    def __init__(self, decoders: Sequence[Decoder]) -> None:
+        self._decoders = decoders
+
+    def feed(self, chunk: bytes) -> Iterator[bytes]:
+        pieces: Iterable[bytes] = (chunk,)
+        for inner in self._decoders:
+            pieces = _decoded(inner, pieces)
+        yield from pieces
+
+
+def _decoded(inner: Decoder, pieces: Iterable[bytes]) -> Iterator[bytes]:
+    for piece in pieces:
+        yield from inner.feed(piece)
 
 
 class _Bounded:

@@ -162,6 +162,10 @@ class MessagesReader(ResponseReader):
                 self._error = error_text(event.get("error")) or "error"
                 self.finished = True
 
+    def is_last(self, data: bytes) -> bool:
+        """``message_stop``."""
+        return text(members(data).get("type")) == "message_stop"
+
     def read_body(self, body: bytes) -> None:
         """Take in a whole JSON body."""
         message = parse_object(body)

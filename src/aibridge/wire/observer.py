@@ -130,6 +130,9 @@ class Observer:
                     self._missed = True
                     self._note("event over the size bound")
                 self._read(frame.data)
+            pending = self._sse.pending
+            if pending is not None and self._reader.is_last(pending):  # but for its blank line, which not all wait for
+                self._read(pending)
             return
         self._size += len(piece)
         if self._size > MAX_BODY_BYTES:

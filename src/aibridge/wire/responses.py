@@ -120,6 +120,10 @@ class ResponsesReader(ResponseReader):
         elif "response" in event:
             self._read_response(members(event.get("response")), ended=kind in _TERMINALS)
 
+    def is_last(self, data: bytes) -> bool:
+        """``response.completed`` or another event that carries the final response."""
+        return text(members(data).get("type")) in _TERMINALS
+
     def read_body(self, body: bytes) -> None:
         """Take in a whole JSON body."""
         self._read_response(parse_object(body), ended=True)

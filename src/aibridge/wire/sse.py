@@ -57,6 +57,11 @@ class SseDecoder:
         """Whether a new event can be written here without becoming part of an unfinished one."""
         return not (self._fields or self._line or self._mid_line)
 
+    @property
+    def pending(self) -> bytes | None:
+        """The data of the frame under way as far as its lines are complete. Clients that read by line act on those."""
+        return b"\n".join(self._data) if self._data and not self._oversized else None
+
     def feed(self, chunk: bytes) -> list[Frame]:
         """The frames that this chunk completes, in order."""
         frames: list[Frame] = []
