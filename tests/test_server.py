@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from aibridge import MemoryRecorder
 from aibridge.server import Server
-from tests.serving import serving, settings
+from tests.serving import call, scope, serving, settings
 from tests.support.provider import WAIT_SECONDS, Gate, Reply, ScriptedProvider, Wait
 from tests.support.rawclient import Answer, RawClient
 
@@ -280,6 +280,31 @@ async def test_pipelining(stage: Stage) -> None:
         await client.write(post + b"one" + HEAD + b"\r\n" + post + b"two" + post + b"thr")
         bodies = [(await client.answer()).body for _ in range(4)]
     assert bodies == [b"one", b'{"status":"ok"}', b"two", b"thr"]
+
+
+async def test_many_upgrades_in_one_read(stage: Stage) -> None:
+    """Each changes the parser under way; 70 kB of them once went deeper than Python can follow."""
+    upgrade = HEAD + b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
+    async with stage.client() as client:
+        await client.write(upgrade * 800)
+        for _ in range(800):
+            assert (await client.answer()).body == b'{"status":"ok"}'
+
+
+class Recovering(MemoryRecorder):
+    problem: str | None = "neither database nor spool take records"
+
+
+async def test_ready_when_requests_can_be_recorded() -> None:
+    recorder = Recovering()
+    server = Server(settings(), recorder=recorder)
+    answer = await call(server, scope("GET", "/readyz"))
+    assert answer.status == 503
+    assert json.loads(answer.body) == {"ready": False, "reasons": ["neither database nor spool take records"]}
+    recorder.problem = None
+    answer = await call(server, scope("GET", "/readyz"))
+    assert (answer.status, json.loads(answer.body)) == (200, {"ready": True, "reasons": []})
+    assert (await call(Server(settings(), recorder=MemoryRecorder()), scope("GET", "/readyz"))).status == 200
 
 
 async def test_http_1_0(stage: Stage) -> None:

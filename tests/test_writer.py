@@ -283,12 +283,14 @@ async def test_with_neither_store_nor_spool_a_record_is_lost_after_a_while(
         assert "No space left" in str(outcomes[0])
         patience, spool.attempts = spool.attempts, 0
         assert patience > 1
+        assert writer.problem == "neither database nor spool take records"
         await within_bounds(writer.submit(usage("again")))  # it is known by now, nobody has to wait for it again
         assert spool.attempts == 1
         store.unavailable = False
-        await until(lambda: writer._store_is_due)
+        await until(lambda: writer.problem is None)  # which it finds out by itself
         assert await within_bounds(writer.submit(usage("kept"))) == [None]
     assert store.records == [usage("kept")]
+    assert Writer(store, spool).problem == "the database is not open"
 
 
 async def test_a_short_want_of_room_loses_nothing(store: MemoryStore, spool: FullSpool) -> None:

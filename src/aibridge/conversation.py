@@ -225,7 +225,7 @@ class Merger:
         """Why the interception failed: our failure, or the provider's own words."""
         if self.failure is not None:
             return self.failure.message
-        said = self._observer.facts(cut=False).error
+        said = self._observer.error
         return said if self._success or said is not None else f"HTTP {self.status}"
 
     @property

@@ -232,9 +232,23 @@ class Writer:
     def _wait_for_one(self) -> _Item | None:
         while True:
             try:
-                return self._queue.get(timeout=_RETRY_STORE_SECONDS if self._spool.waiting else None)
+                in_trouble = self._spool.waiting or self._failing_since is not None
+                return self._queue.get(timeout=_RETRY_STORE_SECONDS if in_trouble else None)
             except queue.Empty:
                 self._replay()
+                self._try_again()
+
+    def _try_again(self) -> None:
+        """Look whether the database is back though no record comes: a process that is not ready gets no requests."""
+        if self._failing_since is None:
+            return
+        try:
+            self._store.write([], self._spool.instance)
+        except StoreUnavailable as error:
+            self._unavailable(error)
+        else:
+            self._failing_since = None
+            self._available()
 
     def _keep(self, batch: Sequence[_Item]) -> None:
         """Make a batch durable, in the database or in the spool, or fail it."""

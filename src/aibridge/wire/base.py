@@ -125,6 +125,9 @@ class ResponseReader(ABC):
     finished: bool = False
     """The event that ends the response has been read: a client that has it considers the response complete."""
 
+    error: str | None = None
+    """The provider's own words, where it has reported an error."""
+
     @property
     def ends_at_eof(self) -> bool:
         """Whether the connection may close here without the response being cut."""

@@ -247,7 +247,6 @@ class ChatReader(ResponseReader):
         self._usage_chunk = False
         self._choices: dict[int, _Choice] = {}
         self._stop_reason: str | None = None
-        self._error: str | None = None
 
     @property
     def ends_at_eof(self) -> bool:
@@ -275,7 +274,7 @@ class ChatReader(ResponseReader):
 
     def facts(self) -> ResponseFacts:
         """What has been read so far. A thought that broke off is still a thought; a tool call that did was never made."""
-        ended = self.finished and self._error is None
+        ended = self.finished and self.error is None
         choices = [(choice, ended or choice.finished) for _, choice in sorted(self._choices.items())]
         usage = chat_usage(self._usage)
         completeness: Completeness = "unknown" if usage is None else "complete"
@@ -283,11 +282,11 @@ class ChatReader(ResponseReader):
             response_id=self._id,
             model=self._model,
             usage=usage,
-            completeness="partial" if self._error else completeness,
+            completeness="partial" if self.error else completeness,
             tool_calls=tuple(call for choice, ended in choices for call in choice.tool_calls(ended=ended)),
             thoughts=tuple(thought for choice, ended in choices if (thought := choice.thought(ended=ended))),
             stop_reason=self._stop_reason,
-            error=self._error,
+            error=self.error,
         )
 
     def error_event(self, status: int, message: str) -> bytes:
@@ -309,7 +308,7 @@ class ChatReader(ResponseReader):
             self._usage = chunk["usage"]
             self._usage_chunk = not choices
         if (error := error_text(chunk.get("error"))) is not None:
-            self._error = error
+            self.error = error
             self.finished = True
 
 

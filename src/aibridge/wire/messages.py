@@ -133,7 +133,6 @@ class MessagesReader(ResponseReader):
         self._blocks: list[_Block] = []
         self._open: dict[int, _Block] = {}  # those among them that the stream is writing, by index
         self._stop_reason: str | None = None
-        self._error: str | None = None
 
     def read_event(self, data: bytes) -> None:
         """Take in the data of one server-sent event."""
@@ -159,7 +158,7 @@ class MessagesReader(ResponseReader):
             case "message_stop":
                 self._finish()
             case "error":
-                self._error = error_text(event.get("error")) or "error"
+                self.error = error_text(event.get("error")) or "error"
                 self.finished = True
 
     def is_last(self, data: bytes) -> bool:
@@ -169,7 +168,7 @@ class MessagesReader(ResponseReader):
     def read_body(self, body: bytes) -> None:
         """Take in a whole JSON body."""
         message = parse_object(body)
-        self._error = error_text(message.get("error"))
+        self.error = error_text(message.get("error"))
         self._read_message(message)
         self._usage_is_final = True
         self._stop_reason = text(message.get("stop_reason"))
@@ -189,11 +188,11 @@ class MessagesReader(ResponseReader):
             response_id=self._id,
             model=self._model,
             usage=usage,
-            completeness="partial" if self._error else completeness,
+            completeness="partial" if self.error else completeness,
             tool_calls=tuple(block.call() for block in self._blocks if block.complete and _is_call(block.kind)),
             thoughts=tuple(block.thought() for block in self._blocks if not _is_call(block.kind)),
             stop_reason=self._stop_reason,
-            error=self._error,
+            error=self.error,
         )
 
     def error_event(self, status: int, message: str) -> bytes:

@@ -79,6 +79,11 @@ class Observer:
         return self._reader.finished
 
     @property
+    def error(self) -> str | None:
+        """The provider's own words, where it has reported an error."""
+        return self._reader.error
+
+    @property
     def ends_at_eof(self) -> bool:
         """Whether the response is whole if the connection closes cleanly now."""
         return self._sse is None or self._decoder is None or self._missed or self._reader.ends_at_eof

@@ -101,7 +101,6 @@ class ResponsesReader(ResponseReader):
         self._thinking: dict[tuple[int, int, ThoughtSource], list[str]] = {}  # thoughts of items not finished
         self._sequence_number = -1
         self._stop_reason: str | None = None
-        self._error: str | None = None
 
     def read_event(self, data: bytes) -> None:
         """Take in the data of one server-sent event."""
@@ -140,11 +139,11 @@ class ResponsesReader(ResponseReader):
             response_id=self._id,
             model=self._model,
             usage=usage,
-            completeness="partial" if self._error else completeness,
+            completeness="partial" if self.error else completeness,
             tool_calls=tuple(call for item in finished if (call := _call(item)) is not None),
             thoughts=tuple(thoughts),
             stop_reason=self._stop_reason,
-            error=self._error,
+            error=self.error,
         )
 
     def error_event(self, status: int, message: str) -> bytes:
@@ -193,7 +192,7 @@ class ResponsesReader(ResponseReader):
         self._thinking.setdefault(key, []).append(text(event.get("delta")) or "")
 
     def _fail(self, error: str) -> None:
-        self._error = error
+        self.error = error
         self.finished = True
 
 
