@@ -322,3 +322,10 @@ def test_done(event: bytes) -> None:
 def test_nonsense_is_passed_over(event: Json) -> None:
     found = of_stream(CHAT, event, chunk(call(0, "call_1", "f", "{}")), event, chunk({}, "stop"), event, DONE)
     assert (found.response_id, found.tool_calls[0].id, found.notes) == ("c_1", "call_1", ())
+
+
+def test_a_key_may_be_spelt_with_escapes() -> None:
+    body = rb'{"stream":true,"stream\u005foptions":{"a":1}}'
+    edited = CHAT.asking_for_usage(CHAT.parse(body))
+    assert edited.body == rb'{"stream":true,"stream\u005foptions":{"include_usage":true,"a":1}}'
+    assert edited.hides_usage

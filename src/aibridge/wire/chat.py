@@ -109,8 +109,7 @@ def _with_include_usage(body: bytes) -> bytes:
     if boolean(members(given).get("include_usage")):
         return body
     span = member_span(body, "stream_options")  # a walk through the whole body: only where there is something to edit in it
-    if span is None:  # a key that is spelt with escapes
-        return body
+    assert span is not None  # noqa: S101  it was just read
     start, end = span
     options = body[start:end]
     if options == b"null":
