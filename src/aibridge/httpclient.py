@@ -39,6 +39,8 @@ _SLICE: Final = 256 * 1024
 
 _UNREACHABLE: Final = "The provider could not be reached"
 _BROKEN_OFF: Final = "The provider's response broke off"
+_UNSENT: Final = "The request could not be sent"
+_WRONG_LENGTH: Final = UpstreamError(f"{_UNSENT}: its body is not as long as declared.")
 _NEXT_ADDRESS_SECONDS: Final = 0.25
 _PORTS: Final = {"http": 80, "https": 443}
 
@@ -54,9 +56,12 @@ class _Origin:
     proxy: str | None
 
     @property
+    def bracketed_host(self) -> str:
+        return f"[{self.host}]" if ":" in self.host else self.host
+
+    @property
     def authority(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == _PORTS[self.scheme] else f"{host}:{self.port}"
+        return self.bracketed_host if self.port == _PORTS[self.scheme] else f"{self.bracketed_host}:{self.port}"
 
 
 class HttpUpstream:
@@ -83,7 +88,7 @@ class HttpUpstream:
             proxy = self._proxy_for(parts.scheme, parts.netloc)
             port = parts.port or _PORTS[parts.scheme]
             origin = _Origin(parts.scheme, parts.hostname or "", port, request.ca_file, proxy)
-            path = url[url.index(parts.netloc) + len(parts.netloc) :]
+            path = url[url.index("//") + 2 + len(parts.netloc) :]
             head = _request_head(request, origin, path)
         except (ValueError, KeyError) as error:
             raise UpstreamError(f"{_UNREACHABLE}: the request cannot be written as HTTP.") from error
@@ -105,7 +110,7 @@ class HttpUpstream:
         idle = self._idle.get(origin)
         while idle:
             connection = idle.pop()
-            if connection.wake():
+            if connection.usable():
                 return connection
         return None
 
@@ -221,8 +226,10 @@ class _Connection(asyncio.Protocol):
         self._head: asyncio.Future[_Response] | None = None
         self._response: _Response | None = None
         self._without_body = False
+        self._tunnelling = False
         self._failure: UpstreamError | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None  # of what is waited for
+        self._expiry: asyncio.TimerHandle | None = None  # of the connection in the pool
         self._deadline = 0.0
         self._waiting: asyncio.Future[None] | asyncio.Future[_Response] | None = None
         self._parser = httptools.HttpResponseParser(self)
@@ -237,44 +244,50 @@ class _Connection(asyncio.Protocol):
         self._begin(without_body=request.method == "HEAD")
         body = request.body
         assert self._head is not None  # noqa: S101  _begin made it
+        awaited = self._head
         try:
             if isinstance(body, bytes) and len(body) <= _AT_ONCE:
                 self._transport.write(head + body)
-            elif isinstance(body, bytes):
-                self._transport.write(head)
-                self._upload = self._loop.create_task(self._send_body(_slices(body), chunked=False))
+                self._watch(awaited)
             else:
                 self._transport.write(head)
-                chunked = not _has_length(request.headers)
-                self._upload = self._loop.create_task(self._send_body(body, chunked=chunked))
-            if self._upload is None:
-                self._watch(self._head)
-            return await self._head
+                pieces, length = (_slices(body), len(body)) if isinstance(body, bytes) else (body, _length(request.headers))
+                self._upload = self._loop.create_task(self._send_body(pieces, length))
+            return await awaited
         except BaseException:
-            self.abort()
+            if self._head is awaited:  # else the exchange has ended, and the connection may be somebody else's by now
+                self.abort()
             raise
 
     async def tunnel(self, origin: _Origin, tls: ssl.SSLContext) -> None:
         """Have the proxy at the other end connect through to `origin`, and speak TLS from there on."""
         assert self._transport is not None  # noqa: S101  connected
         self._begin(without_body=False)
+        self._tunnelling = True
         assert self._head is not None  # noqa: S101  _begin made it
-        authority = f"{origin.host}:{origin.port}".encode()
+        authority = f"{origin.bracketed_host}:{origin.port}".encode()
         self._transport.write(
             b"CONNECT %b HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (authority, authority, _proxy_authorization(origin.proxy))
         )
         response = await self._head
         if not response.head.ok:
             raise UpstreamError(f"{_UNREACHABLE}: the proxy answers with HTTP {response.head.status}.")
-        transport = await self._loop.start_tls(self._transport, self, tls, server_hostname=origin.host)
-        if transport is None:
-            raise UpstreamError(f"{_UNREACHABLE}: it closed the connection.")
+        plain = self._transport
+        try:
+            transport = await self._loop.start_tls(plain, self, tls, server_hostname=origin.host)
+            if transport is None or plain.is_closing():
+                raise UpstreamError(f"{_UNREACHABLE}: it closed the connection.")
+        except BaseException:
+            plain.abort()
+            self.connection_lost(None)  # a protocol whose handshake was broken off is not always told
+            raise
         self._transport = transport
-        self._head = self._response = None
+        self._head, self._tunnelling = None, False
 
-    def wake(self) -> bool:
+    def usable(self) -> bool:
         """Whether an idle connection can be used: not where the provider has closed it, or sent what nobody asked for."""
-        self._stop_timer()
+        if self._expiry is not None:
+            self._expiry.cancel()
         if self._transport is None or self._transport.is_closing():
             return False
         poll = select.poll()
@@ -286,6 +299,7 @@ class _Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Drop the connection at once."""
+        self._failure = self._failure or UpstreamError(f"{_BROKEN_OFF}: it was dropped.")
         if self._transport is not None:
             self._transport.abort()
 
@@ -309,22 +323,32 @@ class _Connection(asyncio.Protocol):
         self._without_body = without_body
         self._head_bytes = 0
 
-    async def _send_body(self, pieces: AsyncIterator[bytes], *, chunked: bool) -> None:
+    async def _send_body(self, pieces: AsyncIterator[bytes], length: int | None) -> None:
+        """Send a body of a declared length, or chunked where there is none. It is held to its length: what is too much would
+        be another request to the provider, and what is missing would be taken from the next one.
+        """
+        sent = 0
         try:
             async for piece in pieces:
+                sent += len(piece)
+                if length is not None and sent > length:
+                    raise _WRONG_LENGTH
                 await self._drain()
-                if not piece:  # in chunked coding that would be the end
-                    continue
                 if self._transport is None or self._transport.is_closing():
                     return
-                self._transport.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
-            if chunked and self._transport is not None:
+                if piece:  # an empty chunk would be the end
+                    self._transport.write(piece if length is not None else b"%x\r\n%b\r\n" % (len(piece), piece))
+            if length is not None and sent < length:
+                raise _WRONG_LENGTH
+            if length is None and self._transport is not None:
                 self._transport.write(b"0\r\n\r\n")
             await self._drain()
             if self._head is not None and not self._head.done():
                 self._watch(self._head)
-        except Exception as error:  # noqa: BLE001  the body breaks off, whatever the reason: so does the request
-            self._fail(_translated(error, "The request could not be sent"))
+        except BaseException as error:  # the body breaks off, whatever the reason: so does the request
+            self._fail(_translated(error, _UNSENT))
+            if not isinstance(error, Exception):
+                raise
 
     async def _drain(self) -> None:
         """Wait until the provider has taken what was written; it has to within the idle timeout."""
@@ -370,6 +394,8 @@ class _Connection(asyncio.Protocol):
             self._complete()
         self._fail(_translated(exc or ConnectionError(), _UNREACHABLE if response is None else _BROKEN_OFF))
         self._stop_timer()
+        if self._expiry is not None:
+            self._expiry.cancel()
         self._writable.set()
         if self._upload is not None:
             self._upload.cancel()
@@ -412,7 +438,9 @@ class _Connection(asyncio.Protocol):
             self.abort()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header field."""
+        """A header field. Trailers, which come here too, are none (RFC 9110 section 6.5.1)."""
+        if self._head is None or self._head.done():
+            return
         self._fields.append((name.lower(), value.rstrip(b" \t")))
 
     def on_headers_complete(self) -> None:
@@ -426,14 +454,20 @@ class _Connection(asyncio.Protocol):
         if status == 101:  # nobody asked for another protocol
             self._fail(UpstreamError(f"{_UNREACHABLE}: its answer is not HTTP."))
             return
-        self._response = _Response(self, ResponseHead(status, self._fields))
-        self._head.set_result(self._response)
+        response = _Response(self, ResponseHead(status, self._fields))
+        self._head.set_result(response)
+        if self._tunnelling:  # a length here is to be ignored (RFC 9110 section 9.3.6): what follows is the tunnel
+            return
+        self._response = response
         if self._without_body:
             self._complete()
 
     def on_body(self, body: bytes) -> None:
         """A piece of the body."""
-        full = self._response is not None and self._response.put(body)
+        if self._response is None:
+            self.abort()
+            return
+        full = self._response.put(body)
         if full and self._transport is not None and self._transport.is_reading():
             self._transport.pause_reading()
 
@@ -453,8 +487,10 @@ class _Connection(asyncio.Protocol):
         if sent and self._reusable(response.head):
             self.resume_reading()
             self._stop_timer()
-            self._timer = self._loop.call_later(_KEEP_IDLE_SECONDS, self._transport.close)
+            self._expiry = self._loop.call_later(_KEEP_IDLE_SECONDS, self._transport.close)
             self._pool.append(self)
+        elif not sent:  # nobody wants the rest of the upload
+            self.abort()
         else:
             self._transport.close()
 
@@ -476,30 +512,34 @@ class _Connection(asyncio.Protocol):
 def _request_head(request: UpstreamRequest, origin: _Origin, path: str) -> bytes:
     """The head as bytes. Raises ValueError where it would not be one head."""
     target = path if path.startswith("/") else "/" + path
-    fields = [(b"Host", origin.authority.encode("idna" if not origin.host.isascii() else "ascii")), *request.headers]
+    fields = [(b"Host", origin.authority.encode("ascii")), *request.headers]
     if origin.proxy is not None and origin.scheme == "http":
         target = f"http://{origin.authority}{target}"
     body = request.body
     if not isinstance(body, bytes):
-        if not _has_length(request.headers):
+        if _length(request.headers) is None:
             fields.append((b"transfer-encoding", b"chunked"))
     elif body or request.method not in ("GET", "HEAD", "DELETE"):
         fields.append((b"content-length", b"%d" % len(body)))
     lines = [b"%b %b HTTP/1.1" % (request.method.encode("ascii"), target.encode("latin-1"))]
     lines += [b"%b: %b" % field for field in fields]
-    if any(b"\r" in line or b"\n" in line or b"\0" in line for line in lines) or b" " in lines[0].split(b" ", 1)[1][:-9]:
-        raise ValueError("a line break, or a blank in the target")
+    if not request.method.isalpha() or any(byte <= 32 or byte == 127 for byte in target.encode("latin-1")):
+        raise ValueError("no method, or a target that servers might split")
+    if any(b"\r" in line or b"\n" in line or b"\0" in line for line in lines):
+        raise ValueError("a line break")
     proxy = _proxy_authorization(origin.proxy) if origin.scheme == "http" else b""
     return b"\r\n".join(lines) + b"\r\n" + proxy + b"\r\n"
 
 
-def _has_length(headers: Headers) -> bool:
-    return any(name == b"content-length" for name, _ in headers)
+def _length(headers: Headers) -> int | None:
+    """The declared length. Raises ValueError where it is none."""
+    return next((int(value) for name, value in headers if name == b"content-length"), None)
 
 
 def _ends_with_connection(head: ResponseHead) -> bool:
     """Whether only the end of the connection ends the body (RFC 9112 section 6.3)."""
-    framed = head.content_length is not None or "chunked" in head.header(b"transfer-encoding").lower()
+    chunked = any(name == b"transfer-encoding" and b"chunked" in value.lower() for name, value in head.headers)
+    framed = chunked or head.content_length is not None
     return not framed and head.status not in (204, 304)
 
 
@@ -530,7 +570,7 @@ def _retrieved(future: "asyncio.Future[_Response]") -> None:
         future.exception()
 
 
-def _translated(error: Exception, what: str) -> UpstreamError:
+def _translated(error: BaseException, what: str) -> UpstreamError:
     match error:
         case UpstreamError():
             return error
@@ -538,6 +578,8 @@ def _translated(error: Exception, what: str) -> UpstreamError:
             return UpstreamTimeout(f"{what}: no answer in time.")
         case ssl.SSLCertVerificationError():
             return UpstreamError(f"{what}: its certificate is not trusted ({error.verify_message}).")
+        case ssl.SSLError():  # its errno is none of the system's
+            return UpstreamError(f"{what}: TLS failed ({error.reason}).")
         case ConnectionError(errno=None):
             return UpstreamError(f"{what}: it closed the connection.")
         case OSError(errno=int(number)) if number > 0:

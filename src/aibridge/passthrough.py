@@ -10,6 +10,7 @@ from aibridge.interruptible import Interruptible
 from aibridge.ledger import Observer, PassedThrough, notify
 from aibridge.providers import Provider, Route
 from aibridge.upstream import Body, Upstream, UpstreamRequest
+from aibridge.wire.base import Headers
 
 
 async def pass_through(
@@ -39,7 +40,7 @@ async def pass_through(
     body: Body = b""
     if client.header(b"transfer-encoding") or client.header(b"content-length") not in ("", "0"):
         body = upload()
-        headers += [field for field in client.headers if field[0] == b"content-length"]
+        headers += _declared_length(client)
     else:
         watches.append(asyncio.create_task(watch()))
     request = UpstreamRequest(client.method, provider.url(path, client.query), headers, body, provider.ca_file)
@@ -63,3 +64,10 @@ async def pass_through(
             task.cancel()
         if response is not None:
             response.close()
+
+
+def _declared_length(client: ClientConnection) -> Headers:
+    """The length of the body; of a chunked one it is of no account, where a client sends both (RFC 9112 section 6.3)."""
+    if client.header(b"transfer-encoding"):
+        return []
+    return [field for field in client.headers if field[0] == b"content-length"]

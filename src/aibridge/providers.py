@@ -105,6 +105,8 @@ def check_base_url(url: str) -> None:
     odd = any(character.isspace() or not character.isprintable() for character in url)
     if odd or parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise wrong
+    if not parts.hostname.isascii():
+        raise ValueError("must name its host in ASCII (an international name in its xn-- form)")
     if parts.username or parts.password:
         raise ValueError("must not hold credentials; use api_key")
 
