@@ -34,6 +34,7 @@ LAYERS = [
     ["aibridge.recording.schema", "aibridge.recording.spool"],
     ["aibridge.recording.base"],
     ["aibridge.httpclient"],
+    ["aibridge.httpconnection"],
     ["aibridge.guard", "aibridge.headers", "aibridge.identity", "aibridge.providers", "aibridge.upstream"],
     ["aibridge.asgi", "aibridge.interruptible"],
     # the core
