@@ -23,12 +23,25 @@ class Authority:
     @classmethod
     def make(cls, folder: Path) -> "Authority":
         folder.mkdir(parents=True, exist_ok=True)
-        _openssl(*_KEY, "-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", "/CN=test CA", folder=folder)
+        _openssl(
+            *_KEY,
+            "-keyout",
+            "ca.key",
+            "-out",
+            "ca.pem",
+            "-days",
+            "2",
+            "-subj",
+            "/CN=test CA",
+            *_CA_EXTENSIONS,
+            folder=folder,
+        )
         return cls(folder)
 
     def server(self, *names: str) -> ssl.SSLContext:
         """A server's context with a certificate for these names, such as ``IP:127.0.0.1`` or ``DNS:localhost``."""
-        (self.folder / "names").write_text(f"subjectAltName={','.join(names)}\n")
+        extensions = f"subjectAltName={','.join(names)}\nauthorityKeyIdentifier=keyid\nsubjectKeyIdentifier=hash\n"
+        (self.folder / "names").write_text(extensions)
         _openssl(*_KEY[:-1], "-keyout", "server.key", "-out", "server.csr", "-subj", "/CN=test server", folder=self.folder)
         signed = ("-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-days", "2", "-set_serial", "2")
         _openssl("x509", *signed, "-extfile", "names", "-out", "server.pem", folder=self.folder)
@@ -37,4 +50,6 @@ class Authority:
         return context
 
 
+# Python verifies strictly from 3.13 on: a CA has to say that it may sign (RFC 5280 section 4.2.1.3).
+_CA_EXTENSIONS = ("-addext", "keyUsage=critical,keyCertSign,cRLSign")
 _KEY = ("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-x509")
