@@ -29,12 +29,17 @@ LAYERS = [
     ["aibridge.metrics", "aibridge.passthrough", "aibridge.relay"],
     ["aibridge.ledger"],
     ["aibridge.recording"],
-    ["aibridge.recording.sqlite"],
+    ["aibridge.recording.history", "aibridge.recording.sqlite"],
     ["aibridge.recording.writer"],
     ["aibridge.recording.schema", "aibridge.recording.spool"],
     ["aibridge.recording.base"],
+    ["aibridge.mcp"],
+    ["aibridge.mcp.proxy"],
+    ["aibridge.mcp.catalog", "aibridge.mcp.servers"],
+    ["aibridge.mcp.approvals", "aibridge.mcp.content"],
     ["aibridge.httpclient"],
     ["aibridge.httpconnection"],
+    ["aibridge.history", "aibridge.toolbox"],
     ["aibridge.guard", "aibridge.headers", "aibridge.identity", "aibridge.providers", "aibridge.upstream"],
     ["aibridge.asgi", "aibridge.interruptible"],
     # the core
@@ -44,9 +49,13 @@ LAYERS = [
     ["aibridge.wire.responses"],
     ["aibridge.wire.chat", "aibridge.wire.messages", "aibridge.wire.observer"],
     ["aibridge.wire.base"],
+    ["aibridge.wire.chat_turns", "aibridge.wire.messages_turns", "aibridge.wire.responses_turns"],
+    ["aibridge.wire.chat_merging", "aibridge.wire.messages_merging", "aibridge.wire.responses_merging"],
+    ["aibridge.wire.usage"],
+    ["aibridge.wire.turns"],
     ["aibridge.wire.coding", "aibridge.wire.splicing", "aibridge.wire.sse"],
     ["aibridge.wire.reading"],
-    ["aibridge.errors"],
+    ["aibridge.errors", "aibridge.tools"],
 ]
 
 DEPTH = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
@@ -60,6 +69,8 @@ PURE = {
     "collections.abc",
     "contextlib",
     "dataclasses",
+    "functools",
+    "hashlib",
     "datetime",  # as a type: see below
     "importlib",  # for zstd, which is not in the same place in all versions of Python
     "json",

@@ -14,6 +14,7 @@ from msgspec import Raw
 from aibridge.errors import BadRequest, ProviderKind
 from aibridge.wire.coding import CodingError, decode
 from aibridge.wire.reading import Members, Unreadable, boolean, is_null, is_object, members, parse_object, text
+from aibridge.wire.turns import TurnFormat
 
 MAX_DECODED_REQUEST_BYTES: Final = 64 * 1024 * 1024
 """How far a compressed request is decoded to be read: twice what providers take (clients.md 4)."""
@@ -169,6 +170,8 @@ class WireFormat(ABC):
 
     name: ClassVar[str]
     kind: ClassVar[ProviderKind]
+    turns: ClassVar[TurnFormat]
+    """What the inner loop of injected tools needs of the protocol."""
 
     def parse(self, body: bytes, coding: str = "") -> Request:
         """Read a request body, of which `coding` is the content coding.

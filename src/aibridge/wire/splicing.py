@@ -2,12 +2,17 @@
 
 import json
 import re
+from collections.abc import Iterable
 from typing import Final
 
-from aibridge.wire.reading import Unreadable
+from aibridge.wire.reading import Unreadable, items
+
+Edit = tuple[int, int, bytes]
+"""Where what is replaced begins and ends, and what comes there."""
 
 _decoder: Final = json.JSONDecoder(strict=False, parse_int=float)
 _space: Final = re.compile(r"[ \t\r\n]*")
+_bytes_space: Final = re.compile(rb"[ \t\r\n]*")
 
 
 def member_span(body: bytes, name: str) -> tuple[int, int] | None:
@@ -34,6 +39,67 @@ def without_member(body: bytes, name: str) -> bytes:
             edited = (edited + body[position:begin]).rstrip(b" \t\r\n").removesuffix(b",")
             position = end
     return edited + body[position:]
+
+
+def edited(body: bytes, edits: Iterable[Edit]) -> bytes:
+    """The body with all the edits made. They must not overlap; those at one place are made in the order given."""
+    pieces: list[bytes] = []
+    position = 0
+    for start, end, new in sorted(edits, key=lambda edit: edit[:2]):
+        pieces += (body[position:start], new)
+        position = end
+    return b"".join((*pieces, body[position:]))
+
+
+def with_member(body: bytes, name: str, value: bytes) -> bytes:
+    """The object with a member of that value: in its place where there is one, else at the end. Raises `Unreadable`."""
+    span = member_span(body, name)
+    if span is not None:
+        return edited(body, [(*span, value)])
+    end = body.rindex(b"}")
+    return body[:end] + (separator(body) if _top_level(body) else b"") + b'"%b":%b' % (name.encode(), value) + body[end:]
+
+
+def element_spans(array: bytes) -> list[tuple[int, int]]:
+    """Where the elements of an array lie in its text. Raises `Unreadable` for what is not the text of an array."""
+    position = _array_space(array, 0)
+    if array[position : position + 1] != b"[":
+        raise Unreadable("not a JSON array")
+    spans: list[tuple[int, int]] = []
+    for element in items(array[position:]):  # mended where it must be, but never to another length
+        start = _array_space(array, position + 1)
+        end = start + len(bytes(element))
+        position = _array_space(array, end)
+        if array[position : position + 1] not in (b",", b"]"):
+            raise Unreadable("not a JSON array")
+        spans.append((start, end))
+    if not spans and array[_array_space(array, position + 1) :].rstrip() != b"]":
+        raise Unreadable("not a JSON array")
+    return spans
+
+
+def with_elements(array: bytes, new: Iterable[bytes], between: bytes = b",") -> bytes:
+    """The array with more elements at its end. `between` comes before each but a first one. Raises `Unreadable`."""
+    there = bool(element_spans(array))
+    end = array.rindex(b"]")
+    added = between.join(new)
+    return array[:end] + (between if there and added else b"") + added + array[end:]
+
+
+def separator(body: bytes) -> bytes:
+    """What the writer of an object puts between two members, and so between two elements: a comma, with or without a space.
+
+    Raises `Unreadable` as `member_span` does.
+    """
+    found = _top_level(body)
+    if len(found) > 1 and body[found[0][3] : found[1][1]] == b", ":
+        return b", "
+    return b","
+
+
+def _array_space(array: bytes, position: int) -> int:
+    match = _bytes_space.match(array, position)
+    return match.end() if match else position
 
 
 def _top_level(body: bytes) -> list[tuple[str, int, int, int]]:

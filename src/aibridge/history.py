@@ -1,0 +1,57 @@
+"""Where the hidden turns of conversations are kept: the `History` protocol, and the implementation in memory.
+
+A client replays what it was shown. What it was not shown, the injected calls and their results, is remembered here under
+keys that stand for what it does replay (`aibridge.wire.turns`), so that a later request of the conversation gets it back.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from aibridge.wire.turns import Memory
+
+
+class History(Protocol):
+    """Keeps memories, apart for each `scope`: nobody gets to see what was hidden in somebody else's conversation.
+
+    One that is an async context manager is entered and left together with the bridge. Methods may raise anything; the
+    request then goes on as the client sent it.
+    """
+
+    async def recall(self, scope: str, keys: Sequence[str]) -> Mapping[str, Memory]:
+        """The newest memory under each of the keys, where there is one. Recalling keeps memories from expiring.
+
+        A memory that was dropped for its age or size comes back without its `data`, as long as that is known.
+        """
+
+    async def remember(self, scope: str, memory: Memory) -> None:
+        """Keep a memory under all its keys. Returns when it is durable."""
+
+    async def recall_toolset(self, digest: str) -> bytes | None:
+        """The encoded tool set with that digest."""
+
+    async def remember_toolset(self, digest: str, encoded: bytes) -> None:
+        """Keep a tool set. Returns when it is durable."""
+
+
+class MemoryHistory:
+    """Keeps everything in dictionaries, for as long as the process lives."""
+
+    def __init__(self) -> None:
+        self.memories: dict[tuple[str, str], Memory] = {}
+        self.toolsets: dict[str, bytes] = {}
+
+    async def recall(self, scope: str, keys: Sequence[str]) -> Mapping[str, Memory]:
+        """The newest memory under each of the keys, where there is one."""
+        return {key: found for key in keys if (found := self.memories.get((scope, key))) is not None}
+
+    async def remember(self, scope: str, memory: Memory) -> None:
+        """Keep a memory under all its keys."""
+        self.memories |= {(scope, key): memory for key in memory.keys}
+
+    async def recall_toolset(self, digest: str) -> bytes | None:
+        """The encoded tool set with that digest."""
+        return self.toolsets.get(digest)
+
+    async def remember_toolset(self, digest: str, encoded: bytes) -> None:
+        """Keep a tool set."""
+        self.toolsets[digest] = encoded
