@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from aibridge.conversation import Abort, End, Receive, Record, Relay, Respond, Send
+from aibridge.commands import Abort, End, Receive, Record, Relay, Respond, Send
 from aibridge.errors import (
     ClientDisconnected,
     Interrupted,

@@ -20,7 +20,8 @@ from typing import Any, Final
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from aibridge.conversation import Abort, Command, End, Receive, Record, Relay, Respond, Send, converse
+from aibridge.commands import Abort, Command, End, Receive, Record, Relay, Respond, Send
+from aibridge.conversation import converse
 from aibridge.errors import BadRequest, ClientDisconnected, Interrupted, RecordingFailed, UpstreamError
 from aibridge.wire import CHAT, Request, ResponseFacts, WireFormat
 from aibridge.wire.coding import CodingError, decode

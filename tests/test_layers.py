@@ -27,7 +27,7 @@ LAYERS = [
     ["aibridge.bridge"],
     # the shell: moves bytes, owns clocks and sockets
     ["aibridge.metrics", "aibridge.passthrough", "aibridge.relay"],
-    ["aibridge.ledger"],
+    ["aibridge.injection", "aibridge.ledger"],
     ["aibridge.recording"],
     ["aibridge.recording.history", "aibridge.recording.sqlite"],
     ["aibridge.recording.writer"],
@@ -41,9 +41,11 @@ LAYERS = [
     ["aibridge.httpconnection"],
     ["aibridge.history", "aibridge.toolbox"],
     ["aibridge.guard", "aibridge.headers", "aibridge.identity", "aibridge.providers", "aibridge.upstream"],
-    ["aibridge.asgi", "aibridge.interruptible"],
+    ["aibridge.asgi", "aibridge.interruptible", "aibridge.keepalive"],
     # the core
     ["aibridge.conversation"],
+    ["aibridge.merger"],
+    ["aibridge.commands"],
     ["aibridge.clients", "aibridge.records"],
     ["aibridge.wire"],
     ["aibridge.wire.responses"],

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import uuid_utils
 
-from aibridge.conversation import End
+from aibridge.commands import End
 from aibridge.errors import RecordingFailed
 from aibridge.ledger import Entry, Event, Ledger, PassedThrough, RecordLost, WhenUnrecordable, new_id, notify
 from aibridge.recording import MemoryRecorder

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from aibridge.conversation import End
+from aibridge.commands import End
 from aibridge.ledger import Entry, Event, Ledger
 from aibridge.recording import MemoryRecorder, Recorder, SqliteRecorder
 from aibridge.records import Interception, InterceptionEnded, PromptUsage, Record, TokenUsage, ToolUsage

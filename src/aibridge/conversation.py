@@ -1,15 +1,19 @@
 """One client request and its upstream turns: the engine, without I/O.
 
-`converse` is a generator. It yields *commands* and is sent their results, so it reads from top to bottom like blocking
-code, runs without an event loop in tests, and leaves clocks, sockets and ids to the shell (`aibridge.relay`):
+`converse` is a generator. It yields *commands* (`aibridge.commands`) and is sent their results, so it reads from top to
+bottom like blocking code, runs without an event loop in tests, and leaves clocks, sockets and ids to the shell
+(`aibridge.relay`):
 
     conversation = converse(request)
     command = next(conversation)             # Send(request)
     command = conversation.send(head)        # Respond(...), then Receive() ...
     command = conversation.throw(error)      # what went wrong while carrying out the last command
 
-What may be thrown in: `UpstreamError` at Send and Receive, `ClientDisconnected` and `Interrupted` at Send, Receive, Respond
-and Relay, `RecordingFailed` at End. Nothing else, and nothing comes out.
+What may be thrown in: `UpstreamError` at Send and Receive, `ClientDisconnected` and `Interrupted` at Send, Receive, Respond,
+Relay and CallTools, `RecordingFailed` at End. Nothing else, and nothing comes out.
+
+With tools of the bridge's own in the request there may be several turns: what the model calls of them is run, its turn and
+the results are appended to the request, and the client sees the answers as one (`aibridge.merger`).
 
 *Durable before done*: the bytes that make a response look complete to the client (its last event, the end of a declared
 length, the end of the body) are yielded after `End`, and the shell carries out `End` by waiting until the records are
@@ -18,9 +22,23 @@ committed. If they cannot be, the client is told so in place of an end.
 
 from collections.abc import Generator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Final
 
+from aibridge.commands import (
+    Abort,
+    Answers,
+    CallTools,
+    Command,
+    Conversation,
+    End,
+    Receive,
+    Record,
+    Relay,
+    Remember,
+    Respond,
+    Send,
+)
 from aibridge.errors import (
     BridgeError,
     ClientDisconnected,
@@ -30,105 +48,73 @@ from aibridge.errors import (
     UpstreamTimeout,
     error_body,
 )
+from aibridge.merger import Loop, LoopMerger, Merger, VerbatimMerger
 from aibridge.records import Status
-from aibridge.wire.base import Headers, Request, ResponseFacts, ResponseFilter, Usage
-from aibridge.wire.coding import CodingError, Decoder, decoder
-from aibridge.wire.observer import Observer, ResponseHead
+from aibridge.wire.base import Request, ResponseFacts, Usage
+from aibridge.wire.observer import ResponseHead
+from aibridge.wire.turns import Answered, Turn
 
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Send the request to the provider. Answered with the `ResponseHead`."""
-
-    request: Request
-
-
-@dataclass(frozen=True, slots=True)
-class Receive:
-    """Wait for the next bytes of the provider's response. Answered with them, or with ``b""`` at its end."""
-
-
-@dataclass(frozen=True, slots=True)
-class Respond:
-    """Begin the response to the client."""
-
-    status: int
-    headers: Headers
-
-
-@dataclass(frozen=True, slots=True)
-class Relay:
-    """Pass bytes on to the client. Answered with whether it is still there: a response may be read on for the record."""
-
-    data: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """Record what one upstream response said. Does not wait: records keep their order, and `End` waits for all."""
-
-    facts: ResponseFacts
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """Record how the interception ended, and wait until all its records are durable."""
-
-    status: Status
-    http_status: int | None = None
-    error: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Abort:
-    """Break off the response to the client, so that it cannot be mistaken for a complete one."""
-
-
-Command = Send | Receive | Respond | Relay | Record | End | Abort
-Conversation = Generator[Command, Any, None]
-
-_CUT: Final = UpstreamError("The provider's response ended before it was complete.")
 _SHUTDOWN: Final = UpstreamError("The gateway is shutting down.")
+_LIMIT: Final = "The model may not call any more tools in this turn, so the call was not made."
 # The provider may have begun, and bill it: the figures are not known, but it is known that there are some.
 _NOBODY_KNOWS: Final = ResponseFacts(usage=Usage(), completeness="partial")
-_DROPPED_WHEN_EDITED: Final = (b"content-length", b"content-encoding")
 
 
-def converse(request: Request) -> Conversation:
-    """Carry one client request through. See the module's docstring for the protocol."""
-    try:
-        head = yield Send(request)
-    except UpstreamError as error:
-        yield Record(_NOBODY_KNOWS if isinstance(error, UpstreamTimeout) else ResponseFacts())
-        unrecorded = yield from _end(End("failed", error.status, error.message))
-        yield from _refuse(request, unrecorded or error)
-        return
-    except (ClientDisconnected, Interrupted) as event:
-        yield Record(_NOBODY_KNOWS)
-        unrecorded = yield from _end(End(_status_of(event)))
-        if isinstance(event, Interrupted):
-            yield from _refuse(request, unrecorded or _SHUTDOWN)
-        return
-    merger = Merger(request, head)
-    end = yield from _relay(merger)
-    yield Record(merger.facts)
+def converse(request: Request, loop: Loop | None = None) -> Conversation:
+    """Carry one client request through; `loop` where tools were injected into it. See the module's docstring."""
+    merger: Merger = VerbatimMerger(request) if loop is None else LoopMerger(request, loop)
+    turns: list[Answered] = []
+    last = loop is None or loop.max_turns == 1
+    while True:
+        try:
+            head = yield Send(request)
+        except UpstreamError as error:
+            merger.failure = error
+            yield Record(_NOBODY_KNOWS if isinstance(error, UpstreamTimeout) else ResponseFacts())
+            end = End("failed", merger.status or error.status, error.message)
+            break
+        except (ClientDisconnected, Interrupted) as event:
+            merger.failure = _SHUTDOWN
+            yield Record(_NOBODY_KNOWS)
+            end = End(_status_of(event), merger.status)
+            break
+        if not (head.ok or merger.started):  # an error goes to the client as it is
+            merger = VerbatimMerger(request)
+        end = yield from _relay(merger, head)
+        yield Record(merger.facts)
+        if loop is None or end.status != "completed":
+            break
+        turn = merger.turn()
+        try:
+            answers = yield from _answer(turn, refused=last)
+        except (ClientDisconnected, Interrupted) as event:
+            merger.failure = _SHUTDOWN
+            end = End(_status_of(event), merger.status)
+            break
+        turns.append(Answered(turn, answers.outcomes))
+        if last or not turn.calls or turn.awaits_client:
+            break
+        last = answers.out_of_time or len(turns) + 1 >= loop.max_turns
+        request = replace(request, body=request.format.turns.with_turn(request.body, turns[-1], last=last))
+    if loop is not None and turns:
+        yield Remember(request.format.turns.memory(loop.draft, loop.toolset, turns))
     merger.failure = (yield from _end(end)) or merger.failure
     if end.status == "client_disconnected":
         return
     if merger.failure is not None:
-        yield from _refuse(request, merger.failure) if merger.bodiless else _break_off(merger)
-    elif merger.bodiless:  # then its beginning is its end
-        yield from _last_words(merger.beginning)
-    else:
+        yield from _break_off(merger) if merger.started else _refuse(request, merger.failure)
+    elif merger.started:
         yield from _finish(merger)
+    else:
+        yield from _last_words(*merger.whole())
 
 
-def _relay(merger: "Merger") -> Generator[Command, Any, End]:
-    """Relay the response up to its end, which is held back. Answers how the interception ended."""
+def _relay(merger: Merger, head: ResponseHead) -> Generator[Command, Any, End]:
+    """Relay a response up to its end, which is held back. Answers how the interception ends if this is all of it."""
     listening = True
     try:
-        if not merger.bodiless:
-            yield merger.beginning
+        if (beginning := merger.begin(head)) is not None:
+            yield beginning
         while not merger.bodiless and (chunk := (yield Receive())):
             listening = yield Relay(merger.feed(chunk))
             if merger.finished:
@@ -146,7 +132,18 @@ def _relay(merger: "Merger") -> Generator[Command, Any, End]:
     return End("completed", merger.status)
 
 
-def _finish(merger: "Merger") -> Conversation:
+def _answer(turn: Turn, *, refused: bool) -> Generator[Command, Any, Answers]:
+    """Have the calls of a turn run, or only recorded where none must be made any more."""
+    if not turn.calls:
+        return Answers(())
+    if refused:
+        yield CallTools(turn.response_id, tuple(replace(call, refusal=_LIMIT) for call in turn.calls))
+        return Answers(())
+    answers: Answers = yield CallTools(turn.response_id, turn.calls)
+    return answers
+
+
+def _finish(merger: Merger) -> Conversation:
     """Let go of what ends the response, and pass on what follows the last event until the provider closes."""
     with suppress(UpstreamError, ClientDisconnected, Interrupted):  # the response was complete, and is recorded as such
         yield Relay(merger.finish())
@@ -175,7 +172,7 @@ def _refuse(request: Request, error: BridgeError) -> Conversation:
     yield from _last_words(Respond(error.status, headers), Relay(body))
 
 
-def _break_off(merger: "Merger") -> Conversation:
+def _break_off(merger: Merger) -> Conversation:
     """End a response that is not complete: in the protocol's own way where one can be, never silently (failures.md 18)."""
     event = merger.error_event()
     if event is None:
@@ -190,105 +187,3 @@ def _last_words(*commands: Command) -> Conversation:
             yield command
     except (ClientDisconnected, Interrupted):
         yield Abort()
-
-
-class Merger:
-    """Presents the upstream response to the client, verbatim, and observes it.
-
-    `feed` answers with what the client may see now. From the chunk on that completes the response, bytes are held until
-    `finish`. `failure` is why the response cannot be completed.
-    """
-
-    def __init__(self, request: Request, head: ResponseHead) -> None:
-        self.status = head.status
-        self.bodiless = head.bodiless
-        self._stream = head.is_stream(requested=request.facts.stream)
-        self._observer = Observer(request.format.reader(), head, stream=self._stream)
-        self._filter, self._decoder = _editing(request, head) if self._stream and head.ok else (None, None)
-        self._left = head.content_length
-        self._coding = head.coding
-        self._success = head.ok
-        self._held: list[bytes] | None = []
-        self._whole_events = True  # what was passed on before bytes were held ended between two events
-        self.failure: BridgeError | None = None
-        edited = self._filter is not None
-        headers = [field for field in head.headers if not (edited and field[0] in _DROPPED_WHEN_EDITED)]
-        self.beginning = Respond(head.status, headers)
-
-    @property
-    def finished(self) -> bool:
-        """The event that ends the stream has come."""
-        return self._stream and self._observer.finished
-
-    @property
-    def error(self) -> str | None:
-        """Why the interception failed: our failure, or the provider's own words."""
-        if self.failure is not None:
-            return self.failure.message
-        said = self._observer.error
-        return said if self._success or said is not None else f"HTTP {self.status}"
-
-    @property
-    def facts(self) -> ResponseFacts:
-        """What the response said."""
-        return self._observer.facts(cut=self.failure is not None)
-
-    def feed(self, chunk: bytes) -> bytes:
-        """What the client may see now. Raises `UpstreamError` when the response has to be edited and cannot be decoded."""
-        between_events = self._observer.at_boundary
-        self._observer.feed(chunk)
-        if self._left is not None:
-            self._left -= len(chunk)
-        if self._filter is not None:
-            chunk = self._filter.feed(self._plain(chunk))
-        if self._held is not None and (self.finished or (self._left is not None and self._left <= 0)):
-            if not self._held:
-                self._whole_events = between_events
-            self._held.append(chunk)
-            return b""
-        return chunk
-
-    def end(self) -> None:
-        """The provider has ended its response, or its last event has come. Raises `UpstreamError` if that is too early."""
-        self._observer.end()
-        if self._success and not self._observer.ends_at_eof:
-            raise _CUT
-
-    def finish(self) -> bytes:
-        """What was held back. From here on nothing is."""
-        held = b"".join(self._held or ())
-        self._held = None
-        return held
-
-    def rest(self) -> bytes:
-        """What an edited stream has left at its end."""
-        return b"" if self._filter is None else self._filter.rest()
-
-    def error_event(self) -> bytes | None:
-        """The failure as an event of the stream; None where there is no room for one."""
-        if self.failure is None or not self._stream or self._left is not None or (self._coding and not self._filter):
-            return None
-        event = self._observer.error_event(self.failure.status, self.failure.message)
-        if self._filter is not None or (self._whole_events if self._held else self._observer.at_boundary):
-            return event
-        self._observer.end()
-        return None if self.finished else b"\n\n" + event  # a blank line ends the event under way, but not the stream
-
-    def _plain(self, chunk: bytes) -> bytes:
-        if self._decoder is None:
-            return chunk
-        try:
-            return b"".join(self._decoder.feed(chunk))
-        except CodingError as error:
-            raise UpstreamError(f"The provider's response cannot be decoded: {error}.") from None
-
-
-def _editing(request: Request, head: ResponseHead) -> tuple[ResponseFilter | None, Decoder | None]:
-    """What edits the response, and what has to decode it before; neither where a provider compressed it beyond us."""
-    edit = request.format.response_filter(request)
-    if edit is None or not head.coding:
-        return edit, None
-    try:
-        return edit, decoder(head.coding)
-    except CodingError:
-        return None, None

@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 import msgspec
 import uuid_utils
 
-from aibridge.conversation import End
+from aibridge.commands import End
 from aibridge.errors import RecordingFailed
 from aibridge.recording.base import Recorder
 from aibridge.records import (
@@ -29,6 +29,7 @@ from aibridge.records import (
     TokenUsage,
     ToolUsage,
 )
+from aibridge.tools import Call, Outcome
 from aibridge.wire.base import RequestFacts, ResponseFacts, Usage
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,18 @@ class PassedThrough(msgspec.Struct, frozen=True):
     http_status: int
 
 
-Event = Record | RecordLost | PassedThrough
+class HistoryMissed(msgspec.Struct, frozen=True):
+    """What a client was not shown in earlier responses could not be put back into its request.
+
+    `lost` responses are known to have had a hidden part, which is gone; of `unknown` turns of the model nothing is known.
+    """
+
+    interception_id: str
+    lost: int
+    unknown: int
+
+
+Event = Record | RecordLost | PassedThrough | HistoryMissed
 Observer = Callable[[Event], None]
 """Sees everything that happens, in order: a start when the interception takes place, anything else right away.
 
@@ -189,6 +201,28 @@ class Entry:
             if facts.response_id is not None:
                 metadata["provider_response_id"] = facts.response_id
             self._put(ModelThought(id=new_id(), content=thought.content, metadata=metadata, **about))
+
+    def record_invocation(self, response_id: str | None, call: Call, outcome: Outcome, duration_ms: float) -> None:
+        """Record a call of an injected tool, and what came of it."""
+        self._put(
+            ToolUsage(
+                id=new_id(),
+                interception_id=self._interception.id,
+                created_at=datetime.now(UTC),
+                provider_response_id=response_id,
+                tool=call.tool.tool,
+                input=call.arguments,
+                tool_call_id=call.id,
+                server_url=call.tool.server_url,
+                injected=True,
+                invocation_error=self._without_secrets(outcome.error),
+                metadata={"server": call.tool.server, "duration_ms": duration_ms},
+            )
+        )
+
+    def history_missed(self, lost: int, unknown: int) -> None:
+        """Tell that something could not be put back into the request."""
+        notify(self._ledger.observers, HistoryMissed(self._interception.id, lost, unknown))
 
     async def end(self, end: End) -> None:
         """Record how the interception ended and wait until every record of it is durable.

@@ -8,7 +8,7 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from aibridge.ledger import Event, PassedThrough, RecordLost
+from aibridge.ledger import Event, HistoryMissed, PassedThrough, RecordLost
 from aibridge.records import Interception, InterceptionEnded, PromptUsage, TokenUsage, ToolUsage
 
 MAX_LABEL_VALUES: Final = 200
@@ -92,12 +92,27 @@ class Metrics:
             "model",
             "name",
         )
+        self._tool_invocations = counter(
+            "injected_tool_invocations_total",
+            "Calls of injected tools, whatever came of them.",
+            "provider",
+            "model",
+            "server",
+            "name",
+        )
+        self._missed = counter(
+            "hidden_turns_missed_total",
+            "Turns of the model whose hidden part could not be put back: it is lost, or nothing is known of the turn.",
+            "provider",
+            "reason",
+        )
         self._passthrough = counter("passthrough_total", "Requests on passthrough routes.", "provider", "route", "method")
         self._lost = counter("records_lost_total", "Records that neither database nor spool could keep.", "kind")
         self._model = _Bounded(max_label_values)
         self._initiator = _Bounded(max_initiators)
         self._client = _Bounded(max_label_values)
         self._tool = _Bounded(max_label_values)
+        self._injected = _Bounded(max_label_values)  # servers choose these
         self._open: dict[str, Interception] = {}
 
     def __call__(self, event: Event) -> None:
@@ -114,12 +129,15 @@ class Metrics:
                 about = self._open[event.interception_id]
                 self._prompts.labels(about.provider_name, self._model(about.model), *self._who(about)).inc()
             case ToolUsage():
-                about = self._open[event.interception_id]
-                self._tool_selections.labels(about.provider_name, self._model(about.model), self._tool(event.tool)).inc()
+                self._count_tool(event)
             case PassedThrough():
                 self._passthrough.labels(event.provider_name, event.route, event.method).inc()
             case RecordLost():
                 self._lost.labels(event.kind).inc()
+            case HistoryMissed():
+                provider = self._open[event.interception_id].provider_name
+                self._missed.labels(provider, "lost").inc(event.lost)
+                self._missed.labels(provider, "unknown").inc(event.unknown)
 
     def _end(self, event: InterceptionEnded) -> None:
         about = self._open.pop(event.interception_id)
@@ -138,6 +156,14 @@ class Metrics:
         ):
             if count:
                 self._tokens.labels(about.provider_name, self._model(about.model), kind, *self._who(about)).inc(count)
+
+    def _count_tool(self, usage: ToolUsage) -> None:
+        about = self._open[usage.interception_id]
+        if usage.injected:
+            server, name = str(usage.metadata.get("server", "")), self._injected(usage.tool)
+            self._tool_invocations.labels(about.provider_name, self._model(about.model), server, name).inc()
+        else:
+            self._tool_selections.labels(about.provider_name, self._model(about.model), self._tool(usage.tool)).inc()
 
     def _who(self, about: Interception) -> tuple[str, str]:
         return self._initiator(about.initiator_id), self._client(about.client)

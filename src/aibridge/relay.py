@@ -6,25 +6,45 @@ sees the end of a response only after its records are durable (`aibridge.convers
 
 import asyncio
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
 from aibridge.asgi import ClientConnection
 from aibridge.clients import identify
-from aibridge.conversation import Abort, Command, Conversation, End, Receive, Record, Relay, Respond, Send, converse
-from aibridge.errors import BridgeError, ClientDisconnected, Interrupted
+from aibridge.commands import (
+    Abort,
+    Answers,
+    CallTools,
+    Command,
+    Conversation,
+    End,
+    Receive,
+    Record,
+    Relay,
+    Remember,
+    Respond,
+    Send,
+)
+from aibridge.conversation import converse
+from aibridge.errors import BridgeError, ClientDisconnected, Interrupted, UpstreamError
 from aibridge.headers import UpstreamHeaders, to_client, to_upstream, without
 from aibridge.identity import Actor
+from aibridge.injection import Injection, Prepared
 from aibridge.interruptible import Interruptible, Stopping
+from aibridge.keepalive import KeepAlive
 from aibridge.ledger import Entry, Ledger, new_id
 from aibridge.providers import Provider, Route
 from aibridge.records import Interception
+from aibridge.tools import Call
 from aibridge.upstream import Upstream, UpstreamRequest, UpstreamResponse
 from aibridge.wire import Request, WireFormat
-from aibridge.wire.base import Headers
+from aibridge.wire.base import Headers, RequestFacts
+from aibridge.wire.observer import ResponseHead
 
 logger = logging.getLogger(__name__)
 
@@ -39,33 +59,48 @@ class Interceptor:
     upstream: Upstream
     ledger: Ledger
     max_body_bytes: int
+    injection: Injection | None = None
 
     async def handle(self, client: ClientConnection, actor: Actor, *, stopping: Stopping) -> None:
         """Serve one request. Raises `BridgeError` where it is refused before anything was sent."""
         body = await client.body(self.max_body_bytes)
-        request = self.format.parse(body, client.header(b"content-encoding"))
+        prepared = Prepared(self.format.parse(body, client.header(b"content-encoding")))
+        scope = scope_of(actor, self.provider, self.format)
+        if self.injection is not None:
+            prepared = await self.injection.prepare(prepared.request, scope)
+        request = prepared.request
         if self.provider.ask_for_usage:
             request = self.format.asking_for_usage(request)
         headers = to_upstream(client.headers, self.provider.kind, self.provider.api_key)
-        entry = Entry(self.ledger, self._interception(client, actor, request, headers), request.facts, headers.secrets)
+        interception = self._interception(client, actor, request.facts, headers, prepared.notes)
+        entry = Entry(self.ledger, interception, request.facts, headers.secrets)
         await entry.start()
-        await _Exchange(self, client, entry, headers.fields).run(converse(request), stopping)
+        if prepared.lost or prepared.unknown:
+            entry.history_missed(prepared.lost, prepared.unknown)
+        exchange = _Exchange(self, client, entry, headers.fields, scope)
+        await exchange.run(converse(request, prepared.loop), stopping)
 
     def upstream_request(self, client: ClientConnection, fields: Headers, request: Request) -> UpstreamRequest:
         """What goes to the provider for a request of the conversation."""
-        if request.hides_usage:  # what will be edited has to be readable
+        if request.edits_response:  # so it has to be readable
             fields = [*without(fields, b"accept-encoding"), (b"accept-encoding", b"identity")]
+        if request.has_tools:  # its body was decoded
+            fields = without(fields, b"content-encoding")
         url = self.provider.url(self.route.pattern, client.query)
         return UpstreamRequest(client.method, url, fields, request.body, self.provider.ca_file)
 
     def _interception(
-        self, client: ClientConnection, actor: Actor, request: Request, headers: UpstreamHeaders
+        self,
+        client: ClientConnection,
+        actor: Actor,
+        facts: RequestFacts,
+        headers: UpstreamHeaders,
+        notes: tuple[str, ...],
     ) -> Interception:
         sender = identify(client.headers)
-        facts = request.facts
         metadata: dict[str, Any] = {**actor.metadata, **sender.agents}
-        if facts.notes:
-            metadata["notes"] = facts.notes
+        if facts.notes or notes:
+            metadata["notes"] = (*facts.notes, *notes)
         return Interception(
             id=new_id(),
             initiator_id=actor.id,
@@ -88,12 +123,18 @@ class Interceptor:
 class _Exchange:
     """Carries out the commands of one conversation."""
 
-    def __init__(self, interceptor: Interceptor, client: ClientConnection, entry: Entry, fields: Headers) -> None:
+    def __init__(
+        self, interceptor: Interceptor, client: ClientConnection, entry: Entry, fields: Headers, scope: str
+    ) -> None:
         self._interceptor = interceptor
         self._client = client
         self._entry = entry
         self._fields = fields
+        self._scope = scope
+        self._started = time.monotonic()
         self._response: UpstreamResponse | None = None
+        self._write = client.relay
+        self._keep_alive: KeepAlive | None = None
         self._waits = Interruptible()
         self._listening = True
         self._aborted = False
@@ -122,11 +163,12 @@ class _Exchange:
             raise
         finally:
             watch.cancel()
+            self._keep_alive_with(b"")
             if self._response is not None:
                 self._response.close()
             stopping.remove(self._waits)
 
-    async def _carry_out(self, command: Command) -> Any:
+    async def _carry_out(self, command: Command) -> Any:  # noqa: PLR0911  a case for each command
         match command:
             case Receive():
                 assert self._response is not None  # noqa: S101  Send comes before Receive
@@ -136,22 +178,56 @@ class _Exchange:
                 return chunk
             case Relay(data):
                 if data and self._listening:
-                    await self._wait(self._client.relay(data))
+                    await self._wait(self._write(data))
                 return self._listening
             case Send(request):
-                sent = self._interceptor.upstream_request(self._client, self._fields, request)
-                self._response = await self._wait(self._interceptor.upstream.send(sent))
-                return self._response.head
+                return await self._send(request)
             case Respond(status, headers):
+                self._keep_alive_with(command.keep_alive)
                 return await self._wait(self._client.respond(status, to_client(headers)))
             case Record(facts):
                 return self._entry.record(facts)
+            case CallTools(response_id, calls):
+                return await self._wait(self._call_tools(response_id, calls))
+            case Remember(memory):
+                return await self._tools.remember(self._scope, memory)
             case End():
-                return await self._entry.end(command)
+                await self._entry.end(command)
+                self._keep_alive_with(b"")
+                return None
             case Abort():
                 logger.warning("a response of provider %s was broken off", self._interceptor.provider.name)
                 self._aborted = True
                 return None
+
+    @property
+    def _tools(self) -> Injection:
+        assert self._interceptor.injection is not None  # noqa: S101  without it nothing was injected
+        return self._interceptor.injection
+
+    def _keep_alive_with(self, data: bytes) -> None:
+        """Keep the client's stream alive with that, or no more."""
+        if self._keep_alive is not None:
+            self._keep_alive.stop()
+            self._keep_alive, self._write = None, self._client.relay
+        if data:
+            self._keep_alive = KeepAlive(self._client.relay, data, self._tools.keep_alive_seconds)
+            self._write = self._keep_alive.write
+
+    async def _send(self, request: Request) -> ResponseHead:
+        if self._response is not None:  # all was said in it; read to its end, its connection can be used again
+            _ = self._interceptor.ledger.carry_out(_read_out(self._response))
+            self._response = None
+        sent = self._interceptor.upstream_request(self._client, self._fields, request)
+        self._response = await self._wait(self._interceptor.upstream.send(sent))
+        return self._response.head
+
+    async def _call_tools(self, response_id: str | None, calls: Sequence[Call]) -> Answers:
+        return await self._tools.call(
+            calls,
+            seconds_left=self._started + self._tools.max_seconds - time.monotonic(),
+            report=partial(self._entry.record_invocation, response_id),
+        )
 
     async def _wait(self, awaitable: Any) -> Any:
         try:
@@ -168,3 +244,22 @@ class _Exchange:
         if self._interceptor.provider.on_disconnect == "drain":
             await asyncio.sleep(self._interceptor.provider.drain_seconds)
         self._waits.interrupt(ClientDisconnected())
+
+
+def scope_of(actor: Actor, provider: Provider, wire_format: WireFormat) -> str:
+    """Within what a conversation's hidden part is looked for: nobody else's, nobody else's provider's."""
+    return f"{actor.id}/{provider.name}/{wire_format.name}"
+
+
+_LAST_BYTES_SECONDS: Final = 1.0
+
+
+async def _read_out(response: UpstreamResponse) -> None:
+    """Read what follows the last event, if it comes at once, and let go."""
+    try:
+        with suppress(UpstreamError, TimeoutError):
+            async with asyncio.timeout(_LAST_BYTES_SECONDS):
+                while await response.read():
+                    pass
+    finally:
+        response.close()

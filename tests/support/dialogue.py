@@ -8,17 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from aibridge.conversation import (
-    Abort,
-    Command,
-    End,
-    Receive,
-    Record,
-    Relay,
-    Respond,
-    Send,
-    converse,
-)
+from aibridge.commands import Abort, Command, End, Receive, Record, Relay, Respond, Send
+from aibridge.conversation import converse
 from aibridge.errors import UpstreamError
 from aibridge.wire import CHAT, MESSAGES, RESPONSES, Request, ResponseFacts, WireFormat
 from aibridge.wire.observer import ResponseHead

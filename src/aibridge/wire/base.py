@@ -101,6 +101,13 @@ class Request:
     """Content coding of `body`. A compressed body is forwarded as sent and never edited."""
     hides_usage: bool = False
     """The bridge asked for a usage chunk that the client did not ask for, and takes it out of the response."""
+    has_tools: bool = False
+    """The bridge added tools of its own, and takes their calls out of the response."""
+
+    @property
+    def edits_response(self) -> bool:
+        """The response cannot be passed on as it comes, so that it has to be readable."""
+        return self.hides_usage or self.has_tools
 
 
 def error_text(error: Raw | None) -> str | None:
