@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
 from aibridge.config import load
-from aibridge.ledger import PassedThrough, RecordLost
+from aibridge.ledger import HistoryMissed, PassedThrough, RecordLost
 from aibridge.metrics import MAX_LABEL_VALUES, Metrics
 from aibridge.records import Interception, InterceptionEnded, ModelThought, PromptUsage, TokenUsage, ToolUsage
 from aibridge.server import Server
@@ -21,14 +21,16 @@ from aibridge.server import Server
 DOCUMENTATION = Path(__file__).parent.parent / "docs" / "metrics.md"
 NOW = datetime(2026, 11, 21, tzinfo=UTC)
 
-# design.md section 3. `injected_tool_invocations_total` comes with injection; the count of lost records is asked for in
-# section 2 ("counted") and named by us.
+# design.md section 3. The count of lost records is asked for in section 2 ("counted"), that of hidden turns that cannot be
+# put back in wire.md D6 ("record the event"); both are named by us.
 CONTRACT = {
     "interceptions_total": ("provider", "model", "status", "route", "method", "initiator_id", "client"),
     "interceptions_inflight": ("provider", "model", "route"),
     "interceptions_duration_seconds": ("provider", "model"),
     "tokens_total": ("provider", "model", "type", "initiator_id", "client"),
     "prompts_total": ("provider", "model", "initiator_id", "client"),
+    "injected_tool_invocations_total": ("provider", "model", "server", "name"),
+    "hidden_turns_missed_total": ("provider", "reason"),
     "non_injected_tool_selections_total": ("provider", "model", "name"),
     "passthrough_total": ("provider", "route", "method"),
     "records_lost_total": ("kind",),
@@ -146,12 +148,18 @@ def test_prompts_tools_and_the_rest() -> None:
     began = counted.begin()
     counted.metrics(PromptUsage(id="p", interception_id=began, created_at=NOW, prompt="hi"))
     counted.metrics(ToolUsage(id="t", interception_id=began, created_at=NOW, tool="look"))
+    about: dict[str, Any] = {"injected": True, "metadata": {"server": "wiki"}}
+    counted.metrics(ToolUsage(id="i", interception_id=began, created_at=NOW, tool="ask", **about))
+    counted.metrics(HistoryMissed(began, lost=2, unknown=1))
     counted.metrics(ModelThought(id="h", interception_id=began, created_at=NOW, content="hm"))
     counted.metrics(PassedThrough("vllm", "/v1/models", "GET", 404))
     counted.metrics(RecordLost(began, "ToolUsage"))
     counted.metrics(RecordLost("", ""))
     assert counted.value("prompts_total", provider="vllm", model="m", initiator_id="alice", client="curl") == 1
     assert counted.value("non_injected_tool_selections_total", provider="vllm", model="m", name="look") == 1
+    assert counted.value("injected_tool_invocations_total", provider="vllm", model="m", server="wiki", name="ask") == 1
+    assert counted.value("hidden_turns_missed_total", provider="vllm", reason="lost") == 2
+    assert counted.value("hidden_turns_missed_total", provider="vllm", reason="unknown") == 1
     assert counted.value("passthrough_total", provider="vllm", route="/v1/models", method="GET") == 1
     assert counted.value("records_lost_total", kind="ToolUsage") == 1
 

@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given, strategies as st
 
 from aibridge.wire.reading import Unreadable
-from aibridge.wire.splicing import member_span, without_member
+from aibridge.wire.splicing import (
+    edited,
+    element_spans,
+    member_span,
+    separator,
+    with_elements,
+    with_member,
+    without_member,
+)
 
 
 @pytest.mark.parametrize(
@@ -119,3 +127,73 @@ def test_edits_mean_what_was_wanted(members: list[tuple[str, Any]], space: str, 
     else:
         found = body[slice(*span)].decode("utf-8", "surrogatepass")
         assert found == json.dumps(values[-1], ensure_ascii=ascii_only)
+
+
+# ---- arrays, and what is added ----
+
+
+@pytest.mark.parametrize(
+    ("array", "elements"),
+    [
+        (b"[]", []),
+        (b" [ ] ", []),
+        (b"[1]", [b"1"]),
+        (b'[ {"a":1} ,\r\n[1, 2 ],"x,]" , 1.0E5]', [b'{"a":1}', b"[1, 2 ]", b'"x,]"', b"1.0E5"]),
+        (b'["\\ud800","\\ud83d\\ude00",{"b":"\\udfff"}]', [b'"\\ud800"', b'"\\ud83d\\ude00"', b'{"b":"\\udfff"}']),
+        ('["é", "🌍"]'.encode(), ['"é"'.encode(), '"🌍"'.encode()]),
+    ],
+)
+def test_the_elements_of_an_array(array: bytes, elements: list[bytes]) -> None:
+    assert [array[start:end] for start, end in element_spans(array)] == elements
+    assert with_elements(array, []) == array
+    added = with_elements(array, [b"7", b"8"], b", ")
+    assert [added[start:end] for start, end in element_spans(added)] == [*elements, b"7", b"8"]
+    assert added.startswith(array.rstrip()[:-1])
+
+
+@pytest.mark.parametrize("text", [b"", b"{}", b"1", b"[", b"[1", b"[1 2]", b"[1,]", b"null", b"[]x"])
+def test_what_is_no_array(text: bytes) -> None:
+    with pytest.raises(Unreadable):
+        element_spans(text)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.lists(json_values, max_size=5), st.lists(json_values, max_size=3), st.sampled_from([(",", ":"), (", ", ": ")]))
+def test_an_array_with_more_elements_means_both_lists(old: list[Any], new: list[Any], separators: tuple[str, str]) -> None:
+    array = json.dumps(old, separators=separators).encode()
+    added = with_elements(array, [json.dumps(one).encode() for one in new], separators[0].encode())
+    assert json.loads(added) == old + new
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b"{}", b'{"x":7}'),
+        (b" { } ", b' { "x":7} '),
+        (b'{"a":1}', b'{"a":1,"x":7}'),
+        (b'{"a": 1, "b": 2}', b'{"a": 1, "b": 2, "x":7}'),
+        (b'{"x":1,"a":2}', b'{"x":7,"a":2}'),
+        (b'{"x":1,"x":2}', b'{"x":1,"x":7}'),
+    ],
+)
+def test_a_member_is_set_in_its_place_or_at_the_end(body: bytes, expected: bytes) -> None:
+    assert with_member(body, "x", b"7") == expected
+
+
+def test_several_edits() -> None:
+    assert edited(b"0123456789", [(8, 9, b"-"), (1, 3, b"ab"), (3, 3, b"c"), (3, 3, b"d")]) == b"0abcd34567-9"
+    assert edited(b"abc", []) == b"abc"
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [(b"{}", b","), (b'{"a":1}', b","), (b'{"a":1,"b":2}', b","), (b'{"a": 1, "b": 2}', b", "), (b'{"a":1,\n "b":2}', b",")],
+)
+def test_what_a_writer_puts_between_members(body: bytes, expected: bytes) -> None:
+    assert separator(body) == expected

@@ -192,3 +192,19 @@ def test_a_split_changes_nothing(stream: bytes, cuts: list[int]) -> None:
 def test_nothing_is_lost_of_anything(chunks: list[bytes]) -> None:
     frames, decoder = decode(chunks, limit=64)
     assert b"".join(frame.raw for frame in frames) + decoder.rest == b"".join(chunks)
+
+
+# ---- editing a frame ----
+
+
+def test_other_data_in_the_bytes_of_a_frame() -> None:
+    (frame,) = SseDecoder().feed(b'event: x\r\nid: 7\r\ndata: {"a":1}\r\n\r\n')
+    assert frame.data == b'{"a":1}'
+    assert frame.with_data(b'{"a":2}') == b'event: x\r\nid: 7\r\ndata: {"a":2}\r\n\r\n'
+
+
+def test_data_of_several_lines_is_put_on_one() -> None:
+    (frame,) = SseDecoder().feed(b'event: x\ndata: {"a":\ndata: 1}\n\n')
+    assert frame.with_data(b'{"a":\r\n2}') == b'event: x\ndata: {"a":  2}\n\n'
+    (frame,) = SseDecoder().feed(b'data: {"a":\ndata: 1}\n\n')
+    assert frame.with_data(b"{}") == b"data: {}\n\n"

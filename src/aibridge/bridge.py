@@ -18,6 +18,7 @@ from aibridge.errors import (
 )
 from aibridge.httpclient import HttpUpstream
 from aibridge.identity import actor_of
+from aibridge.injection import Injection
 from aibridge.interruptible import Stopping
 from aibridge.ledger import Ledger, Observer, WhenUnrecordable
 from aibridge.passthrough import pass_through
@@ -37,11 +38,11 @@ class RequestBridge:
     """An ASGI application that serves ``/<provider name>/...``; it mounts into FastAPI, Starlette or any other.
 
     It needs an `Actor` in the scope of each request (`as_actor`) and refuses a request without one. `observers` see every
-    event, `Metrics` is one of them. Sizes are in bytes.
+    event, `Metrics` is one of them. With an `injection` requests get its tools. Sizes are in bytes.
 
     Run it inside ``async with bridge:`` in a host that does not forward lifespan events to what it mounts (Starlette and
-    FastAPI do not). Entering opens the recorder, leaving ends what is under way, and closes connections and recorder.
-    Raises ValueError when two providers have the same name.
+    FastAPI do not). Entering opens the recorder and connects to MCP servers, leaving ends what is under way, and closes
+    all connections and the recorder. Raises ValueError when two providers have the same name.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class RequestBridge:
         *,
         observers: Sequence[Observer] = (),
         upstream: Upstream | None = None,
+        injection: Injection | None = None,
         when_unrecordable: WhenUnrecordable = "refuse",
         max_body_bytes: int = MAX_BODY_BYTES,
         max_header_bytes: int = MAX_HEADER_BYTES,
@@ -62,16 +64,23 @@ class RequestBridge:
             self._providers[provider.name] = provider
         self._ledger = Ledger(recorder, observers, when_unrecordable)
         self._upstream = HttpUpstream() if upstream is None else upstream
+        self._injection = injection
         self._max_body_bytes = max_body_bytes
         self._max_header_bytes = max_header_bytes
         self._stopping = Stopping()
         self._open = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
-        """Open the recorder."""
-        if isinstance(self._ledger.recorder, AbstractAsyncContextManager):
-            await self._open.enter_async_context(self._ledger.recorder)
-        self._open.push_async_callback(self._upstream.aclose)
+        """Open the recorder, and what the injection needs."""
+        parts: list[object] = [self._ledger.recorder]
+        if self._injection is not None:
+            parts += [self._injection.history, self._injection.toolbox]
+        async with AsyncExitStack() as opened:
+            for part in parts:
+                if isinstance(part, AbstractAsyncContextManager):
+                    await opened.enter_async_context(part)
+            opened.push_async_callback(self._upstream.aclose)
+            self._open = opened.pop_all()
         return self
 
     async def __aexit__(
@@ -124,7 +133,9 @@ class RequestBridge:
                 max_body_bytes=self._max_body_bytes,
             )
         else:
-            interceptor = Interceptor(provider, route, route.format, self._upstream, self._ledger, self._max_body_bytes)
+            interceptor = Interceptor(
+                provider, route, route.format, self._upstream, self._ledger, self._max_body_bytes, self._injection
+            )
             await interceptor.handle(client, actor, stopping=self._stopping)
 
     def _find(self, method: str, path: str) -> tuple[Provider, Route, str]:

@@ -35,8 +35,8 @@ def merged_usage(usages: Sequence[bytes], policy: UsagePolicy) -> bytes:
         return usages[0]
     merged = _merged([members(usage) for usage in usages], policy)
     for parts in _TOTALS:
-        if "total_tokens" in merged and all(isinstance(merged.get(part), int) for part in parts):
-            merged["total_tokens"] = sum(merged[part] for part in parts)
+        if "total_tokens" in merged and all(part in merged for part in parts):
+            merged["total_tokens"] = sum(_count(merged[part]) for part in parts)
     return msgspec.json.encode(merged)
 
 
@@ -57,3 +57,7 @@ def _merged(usages: Sequence[Members], policy: UsagePolicy) -> dict[str, Any]:
         else:
             merged[name] = given[-1]
     return merged
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) else integer(value) or 0
