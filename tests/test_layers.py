@@ -27,9 +27,10 @@ LAYERS = [
     ["aibridge.bridge"],
     # the shell: moves bytes, owns clocks and sockets
     ["aibridge.metrics", "aibridge.passthrough", "aibridge.relay"],
+    ["aibridge.sidecalls"],
     ["aibridge.injection", "aibridge.ledger"],
     ["aibridge.recording"],
-    ["aibridge.recording.history", "aibridge.recording.sqlite"],
+    ["aibridge.recording.approvals", "aibridge.recording.history", "aibridge.recording.sqlite"],
     ["aibridge.recording.writer"],
     ["aibridge.recording.schema", "aibridge.recording.spool"],
     ["aibridge.recording.base"],

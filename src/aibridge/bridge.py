@@ -24,7 +24,8 @@ from aibridge.ledger import Ledger, Observer, WhenUnrecordable
 from aibridge.passthrough import pass_through
 from aibridge.providers import Provider, Route
 from aibridge.recording.base import Recorder
-from aibridge.relay import Interceptor
+from aibridge.relay import Interceptor, scope_of
+from aibridge.sidecalls import Adapted, adapt
 from aibridge.upstream import Upstream
 
 logger = logging.getLogger(__name__)
@@ -123,11 +124,15 @@ class RequestBridge:
             raise NotAuthenticated("Nobody is known to be behind this request.")
         provider, route, path = self._find(client.method, path_of(scope))
         if route.format is None:
+            adapted = Adapted(path)
+            if self._injection is not None and route.about is not None:
+                history = scope_of(actor, provider, route.about)
+                adapted = await adapt(self._injection, route.about, history, client, path, self._max_body_bytes)
             await pass_through(
                 client,
                 provider,
                 route,
-                path,
+                adapted,
                 upstream=self._upstream,
                 observers=self._ledger.observers,
                 max_body_bytes=self._max_body_bytes,

@@ -110,6 +110,14 @@ class Injection:
         except Exception:
             logger.exception("the hidden part of a response could not be kept")
 
+    async def recall_one(self, scope: str, key: str) -> Memory | None:
+        """What is remembered under a key."""
+        return (await self._recall(scope, [key])).get(key)
+
+    async def toolset_of(self, memory: Memory) -> Toolset | None:
+        """The tools that the conversation of a response is offered."""
+        return await self._pinned(memory.toolset)
+
     async def _run(self, call: Call, deadline: float, report: Report) -> Outcome:
         started = time.monotonic()
         outcome = Outcome.failed("The call was cancelled, because nobody waits for its result any more.")

@@ -1,23 +1,31 @@
-"""Allow-listed routes that are reverse-proxied untouched: nothing is read, nothing is kept."""
+"""Allow-listed routes that are reverse-proxied: nothing is kept, and nothing touched beyond what it is adapted by.
+
+Without injected tools nothing is (`aibridge.sidecalls`).
+"""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 
 from aibridge.asgi import ClientConnection
 from aibridge.errors import BridgeError, ClientDisconnected, UpstreamError
-from aibridge.headers import to_client, to_upstream
+from aibridge.headers import to_client, to_upstream, without
 from aibridge.interruptible import Interruptible
 from aibridge.ledger import Observer, PassedThrough, notify
 from aibridge.providers import Provider, Route
-from aibridge.upstream import Body, Upstream, UpstreamRequest
+from aibridge.sidecalls import Adapted
+from aibridge.upstream import Body, Upstream, UpstreamRequest, UpstreamResponse
 from aibridge.wire.base import Headers
+from aibridge.wire.coding import CodingError, decode
+from aibridge.wire.reading import Unreadable
 
 
 async def pass_through(
     client: ClientConnection,
     provider: Provider,
     route: Route,
-    path: str,
+    adapted: Adapted,
     *,
     upstream: Upstream,
     observers: Sequence[Observer],
@@ -36,22 +44,21 @@ async def pass_through(
             yield piece
         watches.append(asyncio.create_task(watch()))  # only now: what comes before the end is the body
 
-    headers = to_upstream(client.headers, provider.kind, provider.api_key).fields
-    body: Body = b""
-    if client.header(b"transfer-encoding") or client.header(b"content-length") not in ("", "0"):
+    body: Body = adapted.body or b""
+    if adapted.body is None and (client.header(b"transfer-encoding") or client.header(b"content-length") not in ("", "0")):
         body = upload()
-        headers += _declared_length(client)
     else:
         watches.append(asyncio.create_task(watch()))
-    request = UpstreamRequest(client.method, provider.url(path, client.query), headers, body, provider.ca_file)
+    headers = _headers(client, provider, adapted, streamed=not isinstance(body, bytes))
+    request = UpstreamRequest(client.method, provider.url(adapted.path, client.query), headers, body, provider.ca_file)
     response = None
     try:
+        for path in adapted.also:
+            response = await waits.wait(upstream.send(replace(request, url=provider.url(path, client.query))))
+            response.close()
         response = await waits.wait(upstream.send(request))
         notify(observers, PassedThrough(provider.name, route.pattern, client.method, response.head.status))
-        await client.respond(response.head.status, to_client(response.head.headers))
-        while chunk := await waits.wait(response.read()):
-            await waits.wait(client.relay(chunk))
-        await client.finish()
+        await _relay(client, response, adapted, waits)
     except UpstreamError:
         if client.started:
             return  # leaving the response unfinished makes the server break the connection off
@@ -64,6 +71,44 @@ async def pass_through(
             task.cancel()
         if response is not None:
             response.close()
+
+
+def _headers(client: ClientConnection, provider: Provider, adapted: Adapted, *, streamed: bool) -> Headers:
+    headers: Headers = to_upstream(client.headers, provider.kind, provider.api_key).fields
+    if adapted.decoded:
+        headers = without(headers, b"content-encoding")
+    if adapted.edit is not None:
+        headers = [*without(headers, b"accept-encoding"), (b"accept-encoding", b"identity")]
+    return [*headers, *_declared_length(client)] if streamed else headers
+
+
+async def _relay(client: ClientConnection, response: UpstreamResponse, adapted: Adapted, waits: Interruptible) -> None:
+    head = response.head
+    if adapted.edit is not None and head.ok and not head.is_stream(requested=False):
+        await _respond_edited(client, response, adapted.edit, waits)
+        return
+    await client.respond(head.status, to_client(head.headers))
+    while chunk := await waits.wait(response.read()):
+        await waits.wait(client.relay(chunk))
+    await client.finish()
+
+
+async def _respond_edited(
+    client: ClientConnection, response: UpstreamResponse, edit: Callable[[bytes], bytes], waits: Interruptible
+) -> None:
+    """Answer with an edited body; with the provider's own where that is nothing that can be edited."""
+    pieces: list[bytes] = []
+    while chunk := await waits.wait(response.read()):
+        pieces.append(chunk)
+    body = b"".join(pieces)
+    headers = to_client(response.head.headers)
+    with suppress(CodingError, Unreadable):
+        body = edit(decode(response.head.coding, body))
+        headers = without(without(headers, b"content-encoding"), b"content-length")
+        headers.append((b"content-length", b"%d" % len(body)))
+    await client.respond(response.head.status, headers)
+    await waits.wait(client.relay(body))
+    await client.finish()
 
 
 def _declared_length(client: ClientConnection) -> Headers:

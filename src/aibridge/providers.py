@@ -27,12 +27,14 @@ _DOTS: Final = frozenset({".", ".."})
 class Route:
     """An allow-listed route below a provider's name. `pattern` has ``{id}`` for one segment, ``*`` at its end for any.
 
-    `format` is how an intercepted route is read; None passes the route through.
+    `format` is how an intercepted route is read; None passes the route through. `about` says of a passthrough route that its
+    requests are about conversations in that format.
     """
 
     pattern: str
     methods: frozenset[str]
     format: WireFormat | None = None
+    about: WireFormat | None = None
 
     def matches(self, method: str, path: str) -> bool:
         """Whether a request is for this route. `path` is percent-encoded, below the provider's name."""
@@ -68,7 +70,7 @@ _ANY: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"})
 _ROUTES: Final[dict[ProviderKind, tuple[Route, ...]]] = {
     "anthropic": (
         Route("/v1/messages", _WRITE, MESSAGES),
-        Route("/v1/messages/count_tokens", _WRITE),
+        Route("/v1/messages/count_tokens", _WRITE, about=MESSAGES),
         Route("/v1/models", _READ),
         Route("/v1/models/{id}", _READ),
         Route("/api/event_logging/*", _ANY),
@@ -76,7 +78,7 @@ _ROUTES: Final[dict[ProviderKind, tuple[Route, ...]]] = {
     "openai": (
         Route("/v1/chat/completions", _WRITE, CHAT),
         Route("/v1/responses", _WRITE, RESPONSES),
-        Route("/v1/responses/*", _ANY),
+        Route("/v1/responses/*", _ANY, about=RESPONSES),
         Route("/v1/models", _READ),
         Route("/v1/models/{id}", _READ),
         Route("/v1/conversations", _ANY),
