@@ -3,8 +3,9 @@
 import pytest
 
 from tests.support.gateway import scene, stage
+from tests.support.jssdk import js
 
-__all__ = ["anyio_backend", "scene", "stage"]
+__all__ = ["anyio_backend", "js", "scene", "stage"]
 
 
 @pytest.fixture
