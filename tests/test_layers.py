@@ -19,7 +19,7 @@ LAYERS = [
     # the server: an application of the library
     ["aibridge.__main__"],
     ["aibridge.cli"],
-    ["aibridge.check", "aibridge.demo"],
+    ["aibridge.check", "aibridge.demo", "aibridge.tooling"],
     ["aibridge.server"],
     ["aibridge.config"],
     # the library
@@ -37,7 +37,8 @@ LAYERS = [
     ["aibridge.mcp"],
     ["aibridge.mcp.proxy"],
     ["aibridge.mcp.catalog", "aibridge.mcp.servers"],
-    ["aibridge.mcp.approvals", "aibridge.mcp.content"],
+    ["aibridge.mcp.transports"],
+    ["aibridge.mcp.approvals", "aibridge.mcp.content", "aibridge.mcp.settings", "aibridge.mcp.stdio"],
     ["aibridge.httpclient"],
     ["aibridge.httpconnection"],
     ["aibridge.history", "aibridge.toolbox"],

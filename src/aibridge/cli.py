@@ -1,4 +1,4 @@
-"""The command line: ``aibridge serve``, ``check`` and ``demo``."""
+"""The command line: ``aibridge serve``, ``check``, ``demo`` and ``mcp``."""
 
 import asyncio
 import logging
@@ -71,3 +71,56 @@ def demo(database: Path | None) -> None:
 
     for line in asyncio.run(play(database)):
         click.echo(line)
+
+
+@main.group()
+def mcp() -> None:
+    """Look at the MCP servers whose tools are injected, and try them."""
+
+
+@mcp.command("list")
+@_config
+def list_tools(config: Path | None) -> None:
+    """List the servers, their state and their tools, and why some are left out."""
+    settings = _load(config)
+    from aibridge.tooling import listed  # noqa: PLC0415
+
+    lines, complete = asyncio.run(listed(settings))
+    click.echo("\n".join(lines))
+    sys.exit(0 if complete else 1)
+
+
+@mcp.command("call")
+@_config
+@click.argument("server")
+@click.argument("tool")
+@click.argument("arguments", metavar="JSON", default="{}")
+def call_tool(config: Path | None, server: str, tool: str, arguments: str) -> None:
+    """Call TOOL of SERVER with the arguments in JSON, as the gateway would, and print what comes of it."""
+    settings = _load(config)
+    from aibridge.tooling import NoSuchTool, called, said  # noqa: PLC0415
+
+    try:
+        outcome = asyncio.run(called(settings, server, tool, arguments))
+    except NoSuchTool as error:
+        raise click.ClickException(f"no such tool is offered:\n{error}") from None
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="JSON") from None
+    click.echo(said(outcome))
+    sys.exit(1 if outcome.is_error else 0)
+
+
+@mcp.command("approve")
+@_config
+@click.argument("server")
+@click.argument("tool", required=False)
+def approve_tools(config: Path | None, server: str, tool: str | None) -> None:
+    """Approve the definitions that the tools of SERVER have now, or only TOOL's."""
+    settings = _load(config)
+    from aibridge.tooling import NoSuchTool, approved  # noqa: PLC0415
+
+    try:
+        names = asyncio.run(approved(settings, server, tool))
+    except NoSuchTool as error:
+        raise click.ClickException(f"nothing to approve:\n{error}") from None
+    click.echo("approved: " + ", ".join(names))
