@@ -21,7 +21,8 @@ from aibridge.recording import schema
 from aibridge.recording.schema import HEAD, MIGRATIONS, connect, migrate
 from aibridge.records import Interception, InterceptionEnded, ModelThought, PromptUsage, TokenUsage, ToolUsage
 
-# design.md section 3, and no more than that but for `instance`, which says whose an interception in progress is.
+# design.md section 3, and no more than that but for `instance`, which says whose an interception in progress is. The last
+# four are ours: what wire.md D6 wants kept of conversations, and the definitions of tools that were approved.
 CONTRACT: Final = {
     "aibridge_interceptions": {
         *("id", "initiator_id", "provider", "provider_name", "model", "started_at", "ended_at", "metadata", "client"),
@@ -38,6 +39,10 @@ CONTRACT: Final = {
         *("invocation_error", "metadata", "created_at"),
     },
     "aibridge_model_thoughts": {"id", "interception_id", "content", "metadata", "created_at"},
+    "aibridge_hidden_turns": {"id", "scope", "keys", "toolset", "size", "created_at", "used_at", "data"},
+    "aibridge_hidden_turn_keys": {"scope", "key", "turn"},
+    "aibridge_toolsets": {"digest", "used_at", "tools"},
+    "aibridge_mcp_tools": {"server", "tool", "digest", "approved_at"},
 }
 
 
@@ -155,6 +160,31 @@ def test_a_database_that_is_up_to_date_does_without_alembic(path: Path) -> None:
     for expected in ("alembic sqlalchemy\n", "\n"):
         output, errors = started(path, expected).communicate(timeout=60)
         assert output == expected, errors
+
+
+def schema_of(path: Path) -> list[tuple[object, ...]]:
+    return query(path, "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY type, name")
+
+
+def test_a_database_of_an_earlier_version_is_brought_up_to_date(
+    path: Path, locks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier = tmp_path / "migrations"
+    (earlier / "versions").mkdir(parents=True)
+    (first,) = (MIGRATIONS / "versions").glob("0001*.py")
+    for file in (MIGRATIONS / "env.py", first):
+        (earlier / file.relative_to(MIGRATIONS)).write_text(file.read_text())
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "MIGRATIONS", earlier)
+        patch.setattr(schema, "HEAD", "0001")
+        migrate(path, locks, 1.0)
+    query(path, "INSERT INTO aibridge_model_thoughts VALUES ('m', 'i', 'Hm.', '{}', '2026-11-21')")
+    assert "aibridge_hidden_turns" not in tables(path)
+    migrate(path, locks, 1.0)
+    assert query(path, "SELECT id, content FROM aibridge_model_thoughts") == [("m", "Hm.")]
+    fresh = tmp_path / "fresh.db"
+    migrate(fresh, locks, 1.0)
+    assert schema_of(path) == schema_of(fresh)
 
 
 def test_a_migration_that_fails_leaves_nothing_behind(

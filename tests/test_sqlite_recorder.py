@@ -23,6 +23,7 @@ import pytest
 
 from aibridge.errors import RecordingFailed
 from aibridge.recording import SqliteRecorder, sqlite as sqlite_module, writer as writer_module
+from aibridge.recording.schema import HEAD
 from aibridge.recording.sqlite import SqliteStore
 from aibridge.records import (
     Interception,
@@ -470,7 +471,7 @@ async def test_replaced_by_a_later_schema(path: Path, tmp_path: Path) -> None:
         later.replace(path)
         assert await record_all(recorder, one_of_each()) == [None] * 6
         with database(path) as other:
-            other.execute("UPDATE alembic_version SET version_num = '0001'")
+            other.execute("UPDATE alembic_version SET version_num = ?", (HEAD,))
         await replayed(path)
         assert statuses(path) == {"i": "completed"}
 
@@ -580,6 +581,7 @@ CHILD = """
 import asyncio, os, signal, sys
 from pathlib import Path
 from aibridge.recording import SqliteRecorder
+from aibridge.recording.schema import HEAD
 from aibridge.recording.sqlite import SqliteStore
 from tests.support.records import *
 from tests.test_sqlite_recorder import record

@@ -1,4 +1,4 @@
-"""The ledger's schema, kept by Alembic. The migrations are in ``migrations/versions``."""
+"""The database: where it is, and its schema, kept by Alembic. The migrations are in ``migrations/versions``."""
 
 import fcntl
 import os
@@ -7,11 +7,25 @@ from contextlib import closing
 from pathlib import Path
 from typing import Final
 
-HEAD: Final = "0001"
+HEAD: Final = "0002"
 """The newest migration. A database that is there already does not need Alembic, which takes a quarter of a second and
 20 MB to load (a test compares this with the migrations)."""
 
 MIGRATIONS: Final = Path(__file__).parent / "migrations"
+
+
+def directory_beside(path: Path) -> Path:
+    """The directory for what belongs to a database and is not in it: spools, and the lock for migrations."""
+    return path.with_name(path.name + "-spool")
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file from the one that takes its place, should it be deleted while we are connected to it."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def connect(path: Path, seconds: float) -> sqlite3.Connection:

@@ -15,7 +15,7 @@ from typing import Any, Final, Self
 import msgspec
 
 from aibridge.recording.base import LossReport
-from aibridge.recording.schema import connect, migrate
+from aibridge.recording.schema import connect, directory_beside, identity, migrate
 from aibridge.recording.spool import UNENCODABLE, Spool
 from aibridge.recording.writer import StoreUnavailable, Writer
 from aibridge.records import (
@@ -70,7 +70,7 @@ class SqliteRecorder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()  # wherever the process goes from here
-        spool = Spool(self.path.with_name(self.path.name + "-spool"))
+        spool = Spool(directory_beside(self.path))
         self._writer = Writer(SqliteStore(self.path, spool), spool)
 
     @property
@@ -152,7 +152,7 @@ class SqliteStore:
         """Write all that can be written in one transaction."""
         try:
             rejected = self._write(records, instance)
-            while self._file != _identity(self._path):  # deleted while we wrote: into a file that nobody can find
+            while self._file != identity(self._path):  # deleted while we wrote: into a file that nobody can find
                 rejected = self._write(records, instance)
         except Exception as error:  # whatever it is: the spool keeps what the database does not
             self._disconnect()
@@ -178,7 +178,7 @@ class SqliteStore:
         self._disconnect()
 
     def _write(self, records: Sequence[Record], instance: str) -> Mapping[int, str]:
-        if self._database is None or self._file != _identity(self._path):
+        if self._database is None or self._file != identity(self._path):
             self._connect()
             self._transaction(list(self._open.values()), self._spool.instance)
         return self._transaction(records, instance)
@@ -235,7 +235,7 @@ class SqliteStore:
         self._disconnect()
         self._spool.acquire()  # who deleted the database may have deleted the spool with it
         migrate(self._path, self._spool.directory, _BUSY_SECONDS)
-        self._file = _identity(self._path)
+        self._file = identity(self._path)
         self._database = connect(self._path, _BUSY_SECONDS)
         self._database.execute("PRAGMA journal_mode = WAL")
         self._database.execute("PRAGMA synchronous = NORMAL")
@@ -245,14 +245,6 @@ class SqliteStore:
         database, self._database = self._database, None
         if database is not None:
             database.close()
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_dev, status.st_ino
 
 
 def _time(value: datetime) -> str:
