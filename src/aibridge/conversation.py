@@ -82,7 +82,7 @@ def converse(request: Request, loop: Loop | None = None) -> Conversation:
             merger = VerbatimMerger(request)
         end = yield from _relay(merger, head)
         yield Record(merger.facts)
-        if loop is None or end.status != "completed":
+        if loop is None or not isinstance(merger, LoopMerger) or end.status != "completed":
             break
         turn = merger.turn()
         try:

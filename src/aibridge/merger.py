@@ -77,9 +77,6 @@ class Merger(Protocol):
     def end(self) -> None:
         """The upstream response has ended, or its last event has come. Raises `UpstreamError` if that is too early."""
 
-    def turn(self) -> Turn:
-        """What the provider said in the response that has ended."""
-
     def finish(self) -> bytes:
         """What was held back. From here on nothing is."""
 
@@ -159,10 +156,6 @@ class VerbatimMerger:
         self._observer.end()
         if self._success and not self._observer.ends_at_eof:
             raise _CUT
-
-    def turn(self) -> Turn:
-        """Nothing that the bridge would have to know."""
-        return Turn(())
 
     def finish(self) -> bytes:
         """What was held back. From here on nothing is."""

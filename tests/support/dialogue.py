@@ -11,6 +11,7 @@ from typing import Any, Final
 from aibridge.commands import Abort, Command, End, Receive, Record, Relay, Respond, Send
 from aibridge.conversation import converse
 from aibridge.errors import UpstreamError
+from aibridge.merger import Loop
 from aibridge.wire import CHAT, MESSAGES, RESPONSES, Request, ResponseFacts, WireFormat
 from aibridge.wire.observer import ResponseHead
 
@@ -34,8 +35,8 @@ class Dialogue:
     A command is given whole, or as its type where its contents do not matter. An exception for an answer is thrown in.
     """
 
-    def __init__(self, request: Request) -> None:
-        self._conversation = converse(request)
+    def __init__(self, request: Request, loop: Loop | None = None) -> None:
+        self._conversation = converse(request, loop)
         self._next: Command | None = next(self._conversation)
 
     def __call__(self, expected: Command | type[Command], answer: Any = True) -> Any:
