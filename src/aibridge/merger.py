@@ -194,7 +194,7 @@ class LoopMerger:
         self._request = request
         self._toolset = loop.toolset
         hides_usage = request.hides_usage
-        self._merger = request.format.turns.merger(request.body, loop.toolset, loop.usage, hides_usage=hides_usage)
+        self._merger = request.format.turns.merger(loop.draft.body, loop.toolset, loop.usage, hides_usage=hides_usage)
         self._first: ResponseHead | None = None
         self._stream = False
         self._refused = False  # a later request was: its answer is an error and no turn

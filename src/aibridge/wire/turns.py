@@ -174,7 +174,10 @@ class TurnFormat(ABC):
 
     @abstractmethod
     def merger(self, body: bytes, toolset: Toolset, usage: UsagePolicy, *, hides_usage: bool = False) -> TurnMerger:
-        """A fresh merger for the responses to a request. `hides_usage` as in `aibridge.wire.base.Request`."""
+        """A fresh merger for the responses to a request, of which `body` is what the client sent.
+
+        `hides_usage` as in `aibridge.wire.base.Request`.
+        """
 
     @abstractmethod
     def memory(self, draft: Draft, toolset: Toolset, turns: Sequence[Answered]) -> Memory:
