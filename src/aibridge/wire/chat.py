@@ -19,6 +19,8 @@ from aibridge.wire.base import (
     WireFormat,
     error_text,
 )
+from aibridge.wire.chat_merging import DONE
+from aibridge.wire.chat_turns import ChatTurns
 from aibridge.wire.reading import (
     Members,
     Unreadable,
@@ -32,8 +34,7 @@ from aibridge.wire.reading import (
 )
 from aibridge.wire.splicing import member_span, without_member
 from aibridge.wire.sse import Frame, SseDecoder
-
-DONE: Final = b"[DONE]"
+from aibridge.wire.turns import TurnFormat
 
 
 class ChatFormat(WireFormat):
@@ -41,6 +42,7 @@ class ChatFormat(WireFormat):
 
     name: ClassVar[str] = "chat"
     kind: ClassVar[ProviderKind] = "openai"
+    turns: ClassVar[TurnFormat] = ChatTurns()
 
     def reader(self) -> "ChatReader":
         """A fresh reader for one upstream response."""

@@ -13,6 +13,7 @@ Everything here works on JSON text that is edited in place, so that what is not 
 """
 
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -188,11 +189,15 @@ class TurnFormat(ABC):
 
 
 _STRONG_ID: Final = 8
+_COUNTED: Final = re.compile(r"\D*\d{0,4}")
 
 
 def is_strong(identity: str | None) -> bool:
-    """Whether an id is one that a provider gives only once. Compatible servers repeat ``""`` and ``call_0`` (wire.md D3)."""
-    return identity is not None and len(identity) >= _STRONG_ID
+    """Whether an id is one that a provider gives only once.
+
+    Compatible servers repeat ``""``, ``call_0`` (wire.md D3) and what is a name with a number at its end.
+    """
+    return identity is not None and len(identity) >= _STRONG_ID and _COUNTED.fullmatch(identity) is None
 
 
 class Prefix:
