@@ -8,6 +8,7 @@ import asyncio
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from aibridge.history import MemoryHistory
 from aibridge.injection import Injection, Prepared
 from aibridge.toolbox import MemoryToolbox
 from aibridge.tools import Call, Outcome, Text, Tool, Toolset
-from aibridge.wire import MESSAGES
+from aibridge.wire import MESSAGES, RESPONSES
 from aibridge.wire.turns import Answered, Memory, Piece, Turn
 from tests.support.coding import ENCODERS, gzip
 
@@ -110,6 +111,32 @@ async def test_a_conversation_keeps_its_tools() -> None:
     assert offered(await prepared(later, goes_on)) == ["bmcp_memory_a"]
     assert offered(await prepared(later, body("hi"))) == ["bmcp_memory_a", "bmcp_memory_b"]
     assert offered(await prepared(later, goes_on, scope="bob/anthropic/messages")) == ["bmcp_memory_a", "bmcp_memory_b"]
+
+
+async def test_an_aside_gets_tools_only_where_its_conversation_has_them() -> None:
+    """A title is no use for tools; a structured answer in a conversation must see the same tools and history as the rest."""
+    given = injection("a")
+    wanted: dict[str, Any] = {"output_config": {"format": {"type": "json_schema", "schema": {}}}}
+    assert (await prepared(given, body("hi", **wanted))).loop is None
+    assert offered(await prepared(given, body("hi", **wanted, tools=[{"name": "mine"}]))) == ["mine", "bmcp_memory_a"]
+    await answered(given, body("hi"), json.dumps(thinking()).encode(), b'{"type":"text","text":"Hello!"}')
+    goes_on = body("hi", [thinking(), {"type": "text", "text": "Hello!"}], "and?", **wanted)
+    assert offered(await prepared(given, goes_on)) == ["bmcp_memory_a"]
+
+
+async def test_what_was_hidden_comes_back_even_where_no_tools_can_be_called() -> None:
+    given = injection("a")
+    found = await given.prepare(RESPONSES.parse(b'{"model":"gpt","input":"hi"}'), SCOPE)
+    assert found.loop is not None
+    first, last = (Turn((Piece(b"{}"),), response_id=identity) for identity in ("resp_1a2b3c4d", "resp_5e6f7a8b"))
+    call_ = Call("call_9z8y7x", found.loop.toolset.tools[0], "{}")
+    turns = [Answered(replace(first, calls=(call_,)), (Outcome.failed("no"),)), Answered(last)]
+    await given.remember(SCOPE, RESPONSES.turns.memory(found.loop.draft, found.loop.toolset, turns))
+    sent = b'{"model":"gpt","input":"and?","background":true,"previous_response_id":"resp_1a2b3c4d"}'
+    for coding in ("", "gzip"):
+        found = await given.prepare(RESPONSES.parse(ENCODERS[coding](sent) if coding else sent, coding), SCOPE)
+        assert (found.loop, found.request.coding) == (None, "")
+        assert json.loads(found.request.body)["previous_response_id"] == "resp_5e6f7a8b"
 
 
 async def test_a_conversation_that_began_elsewhere_keeps_its_thoughts() -> None:

@@ -74,12 +74,12 @@ class Injection:
         try:
             body = decode(request.coding, request.body, MAX_DECODED_REQUEST_BYTES)
             draft = request.format.turns.read(body)
-            if draft.objection is not None:
-                return Prepared(request)
             restored = draft.restored(await self._recall(scope, draft.keys))
+            if draft.objection is not None or (draft.is_aside and restored.toolset is None):
+                return _without_tools(request, restored)
             toolset = await self._toolset(restored, draft)
             if not toolset:
-                return Prepared(request, notes=_FOREIGN if restored.bound else ())
+                return _without_tools(request, restored)
             body = request.format.turns.with_tools(restored.body, toolset)
         except (CodingError, Unreadable) as error:
             return Prepared(request, notes=(f"no tools injected: {error}",))
@@ -180,6 +180,13 @@ class Injection:
 
 
 _FOREIGN: Final = ("no tools injected: the conversation began elsewhere",)
+
+
+def _without_tools(request: Request, restored: Restored) -> Prepared:
+    """The request as it goes without tools: as it is, unless something of its conversation was put back."""
+    if restored.restored:
+        request = replace(request, body=restored.body, coding="")
+    return Prepared(request, unknown=restored.unknown, notes=_FOREIGN) if restored.bound else Prepared(request)
 
 
 def _notes(restored: Restored) -> tuple[str, ...]:

@@ -64,10 +64,9 @@ class Interceptor:
     async def handle(self, client: ClientConnection, actor: Actor, *, stopping: Stopping) -> None:
         """Serve one request. Raises `BridgeError` where it is refused before anything was sent."""
         body = await client.body(self.max_body_bytes)
-        prepared = Prepared(self.format.parse(body, client.header(b"content-encoding")))
+        sent = self.format.parse(body, client.header(b"content-encoding"))
         scope = scope_of(actor, self.provider, self.format)
-        if self.injection is not None:
-            prepared = await self.injection.prepare(prepared.request, scope)
+        prepared = Prepared(sent) if self.injection is None else await self.injection.prepare(sent, scope)
         request = prepared.request
         if self.provider.ask_for_usage:
             request = self.format.asking_for_usage(request)
@@ -77,15 +76,14 @@ class Interceptor:
         await entry.start()
         if prepared.lost or prepared.unknown:
             entry.history_missed(prepared.lost, prepared.unknown)
-        exchange = _Exchange(self, client, entry, headers.fields, scope)
+        fields = headers.fields if request.coding == sent.coding else without(headers.fields, b"content-encoding")
+        exchange = _Exchange(self, client, entry, fields, scope)
         await exchange.run(converse(request, prepared.loop), stopping)
 
     def upstream_request(self, client: ClientConnection, fields: Headers, request: Request) -> UpstreamRequest:
         """What goes to the provider for a request of the conversation."""
         if request.edits_response:  # so it has to be readable
             fields = [*without(fields, b"accept-encoding"), (b"accept-encoding", b"identity")]
-        if request.has_tools:  # its body was decoded
-            fields = without(fields, b"content-encoding")
         url = self.provider.url(self.route.pattern, client.query)
         return UpstreamRequest(client.method, url, fields, request.body, self.provider.ca_file)
 

@@ -112,8 +112,8 @@ def _is_given(value: Raw | None) -> bool:
     return value is not None and not is_null(value)
 
 
-def _objection(top: Members, tools: Sequence[Raw]) -> str | None:
-    """Why a request cannot have more tools, or would not use them (wire.md B1, B2)."""
+def _objection(top: Members) -> str | None:
+    """Why a request cannot have more tools (wire.md B1, B2)."""
     if (integer(top.get("n")) or 1) > 1:
         return "several choices are asked for"
     for name in ("functions", "function_call", "prediction", "web_search_options", "audio"):
@@ -121,8 +121,6 @@ def _objection(top: Members, tools: Sequence[Raw]) -> str | None:
             return f"{name} is asked for"
     if "audio" in map(text, items(top.get("modalities"))):
         return "audio is asked for"
-    if not tools and text(members(top.get("response_format")).get("type")) in _STRUCTURED:
-        return "a structured answer without tools is asked for"
     return None
 
 
@@ -150,7 +148,8 @@ class ChatDraft(Draft):
         except Unreadable:
             self.objection = "there are no messages"
         else:
-            self.objection = _objection(top, tools)
+            self.objection = _objection(top)
+        self.is_aside = not tools and text(members(top.get("response_format")).get("type")) in _STRUCTURED
         self.keys = tuple(key for replayed in self._replayed for key in (replayed.key, replayed.begun))
 
     def _read_messages(self) -> None:

@@ -18,13 +18,12 @@ from aibridge.wire.base import (
     WireFormat,
     error_text,
 )
-from aibridge.wire.chat import DONE, joined_text, without_cache
+from aibridge.wire.chat import joined_text, without_cache
+from aibridge.wire.chat_merging import DONE
 from aibridge.wire.reading import Members, boolean, integer, items, members, parse_object, source, text
-
-# Calls that the client runs and answers with an item of type `<call>_output` (wire.md C2). All others the provider runs.
-_CLIENT_CALLS: Final = frozenset(
-    {"function_call", "custom_tool_call", "computer_call", "shell_call", "apply_patch_call", "local_shell_call"}
-)
+from aibridge.wire.responses_merging import is_client_run
+from aibridge.wire.responses_turns import ResponsesTurns
+from aibridge.wire.turns import TurnFormat
 
 # Where a call's arguments stand, in the order in which to look: text as it is, anything else as its JSON (wire.md C2).
 _ARGUMENTS: Final = ("arguments", "input", "action", "operation", "code", "queries")
@@ -47,6 +46,7 @@ class ResponsesFormat(WireFormat):
 
     name: ClassVar[str] = "responses"
     kind: ClassVar[ProviderKind] = "openai"
+    turns: ClassVar[TurnFormat] = ResponsesTurns()
 
     def reader(self) -> "ResponsesReader":
         """A fresh reader for one upstream response."""
@@ -203,7 +203,7 @@ def _flat_error(event: Members) -> str:
 
 def _call(item: Members) -> ToolCall | None:
     kind = text(item.get("type")) or ""
-    client_run = kind in _CLIENT_CALLS or (kind == "tool_search_call" and text(item.get("execution")) == "client")
+    client_run = is_client_run(item)
     if not kind.endswith("_call") and kind not in ("mcp_approval_request", "program"):
         return None
     identity = (text(item.get("call_id")) if client_run or kind == "program" else None) or text(item.get("id"))

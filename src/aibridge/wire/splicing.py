@@ -2,14 +2,18 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 
-from aibridge.wire.reading import Unreadable, items
+import msgspec
+from msgspec import Raw
+
+from aibridge.wire.reading import Members, Unreadable, items
 
 Edit = tuple[int, int, bytes]
 """Where what is replaced begins and ends, and what comes there."""
 
+_object: Final = msgspec.json.Decoder(dict[str, Raw])
 _decoder: Final = json.JSONDecoder(strict=False, parse_int=float)
 _space: Final = re.compile(r"[ \t\r\n]*")
 _bytes_space: Final = re.compile(rb"[ \t\r\n]*")
@@ -23,6 +27,16 @@ def member_span(body: bytes, name: str) -> tuple[int, int] | None:
     """
     found = [(start, end) for key, _, start, end in _top_level(body) if key == name]
     return found[-1] if found else None
+
+
+def written_members(data: bytes) -> Members:
+    """The members of a JSON object as they were written: nothing is mended, as `parse_object` mends what it must, so that
+    half of a surrogate pair finds its other half. Raises `Unreadable`.
+    """
+    try:
+        return _object.decode(data)
+    except (msgspec.MsgspecError, RecursionError):
+        return {key: Raw(data[start:end]) for key, _, start, end in _top_level(data)}
 
 
 def without_member(body: bytes, name: str) -> bytes:
@@ -58,6 +72,12 @@ def with_member(body: bytes, name: str, value: bytes) -> bytes:
         return edited(body, [(*span, value)])
     end = body.rindex(b"}")
     return body[:end] + (separator(body) if _top_level(body) else b"") + b'"%b":%b' % (name.encode(), value) + body[end:]
+
+
+def with_replaced(body: bytes, values: Mapping[str, bytes]) -> bytes:
+    """The object with other values for members that it has; it gets no new ones. Raises `Unreadable`."""
+    spans = {key: (start, end) for key, _, start, end in _top_level(body)}
+    return edited(body, [(*spans[name], value) for name, value in values.items() if name in spans])
 
 
 def element_spans(array: bytes) -> list[tuple[int, int]]:

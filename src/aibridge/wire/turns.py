@@ -98,7 +98,11 @@ class Draft(ABC):
     body: bytes
 
     objection: str | None = None
-    """Why no tools must be injected into this request; None where they may."""
+    """Why calls of injected tools cannot be run for this request; None where they can."""
+
+    is_aside: bool = False
+    """The request is for structured output and has no tools of its own, as when a client wants a title: it gets tools only
+    where its conversation has them already."""
 
     tool_names: frozenset[str] = frozenset()
     """The names that the client's own tools have."""

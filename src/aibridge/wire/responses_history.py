@@ -1,0 +1,333 @@
+"""A conversation of the Responses protocol as its client replays it, with what was hidden from it put back.
+
+`input` is flat: what the model said stands between what the client said and the results of calls. An item that a client
+replays is recognised by its id, its call id or its encrypted content, and a message also by its words in their place,
+because clients drop ids. Facts from wire.md C1, C2, C5 and D6.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import msgspec
+from msgspec import Raw
+
+from aibridge.wire.reading import Members, boolean, is_null, items, members, parse_object, text
+from aibridge.wire.responses_merging import elements, member_bytes
+from aibridge.wire.splicing import Edit, edited, element_spans, member_span, separator, with_elements, with_member
+from aibridge.wire.turns import Draft, Memory, Prefix, Restored, is_strong, key_of
+
+# Output items that are no calls by their name (wire.md C2).
+_BY_THE_MODEL: Final = frozenset({"reasoning", "compaction", "mcp_list_tools", "mcp_approval_request", "program"})
+
+_STRUCTURED: Final = frozenset({"json_schema", "json_object"})
+
+
+class Entry(msgspec.Struct, frozen=True, array_like=True):
+    """An item of a response as the provider sent it, or the result of a hidden call."""
+
+    raw: bytes
+    hidden: bool = False
+
+
+class Kept(msgspec.Struct, frozen=True, array_like=True):
+    """What is kept of a response that the client was not shown all of.
+
+    `ids` are the provider's, of all its turns. `previous` is what the client named as the response before. `pending` are
+    results of the last turn's calls, which the provider has not got.
+    """
+
+    ids: tuple[str, ...] = ()
+    previous: str | None = None
+    entries: tuple[Entry, ...] = ()
+    pending: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """An item of the conversation. `said` is the same for what clients write in other ways but do not change."""
+
+    kind: str
+    role: str | None
+    marks: Mapping[str, str]
+    said: Any
+
+    @classmethod
+    def read(cls, raw: bytes) -> "Item":
+        item = members(raw)
+        kind = text(item.get("type")) or "message"
+        names = (("item", "id"), ("call", "call_id"), ("encrypted", "encrypted_content"))
+        marks = {mark: value for mark, name in names if (value := text(item.get(name)))}
+        return cls(kind, text(item.get("role")), marks, _said(kind, item))
+
+    @property
+    def by_model(self) -> bool:
+        if self.kind == "message":
+            return self.role == "assistant"
+        return self.kind.endswith("_call") or self.kind in _BY_THE_MODEL
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What it adds to the conversation as far as every client repeats it."""
+        if self.kind == "message":
+            return (self.role, self.said) if self.role in ("user", "assistant") and self.said else ()
+        if self.kind.endswith("_call"):
+            return (self.kind, self.marks.get("call", ""))
+        return ()
+
+    def keys(self, prefix: Prefix) -> list[str]:
+        """What stands for an item of the model. A message has no call id, and clients drop its own."""
+        keys = [key_of(mark, value) for mark, value in self.marks.items() if mark == "encrypted" or is_strong(value)]
+        if self.by_model and self.words and not is_strong(self.marks.get("call")):
+            keys.append(prefix.key(*self.words))
+        return keys
+
+    def is_same(self, stored: "Item") -> bool:
+        """Whether a client means a remembered item by this one."""
+        if self.kind == "item_reference":
+            return "item" in self.marks and self.marks["item"] == stored.marks.get("item")
+        if self.kind != stored.kind or self.marks.get("call") != stored.marks.get("call"):
+            return False
+        if self.marks.items() & stored.marks.items():
+            return True
+        return bool(self.said) and self.said == stored.said
+
+    def is_edited(self, stored: "Item") -> bool:
+        """Whether the client wants something else said in its place, or only refers to it."""
+        return self.kind == "item_reference" or self.said != stored.said
+
+
+def _said(kind: str, item: Members) -> Any:
+    match kind:
+        case "message":
+            return _message_text(item.get("content"))
+        case "function_call":
+            return text(item.get("name")), _decoded(text(item.get("arguments")) or "{}")
+        case "custom_tool_call":
+            return text(item.get("name")), text(item.get("input"))
+    return None
+
+
+def _message_text(content: Raw | None) -> str:
+    """The words of a message, whose content may be one string, without the space around them."""
+    if (plain := text(content)) is not None:
+        return plain.strip()
+    parts = [members(part) for part in items(content)]
+    words = (text(part.get("text")) or text(part.get("refusal")) or "" for part in parts)
+    return "\n".join(word for word in words if word).strip()
+
+
+def _decoded(arguments: str) -> Any:
+    """What arguments say: clients write their JSON anew."""
+    try:
+        return msgspec.json.decode(arguments)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        return arguments
+
+
+class ResponsesDraft(Draft):
+    """A request as the client sent it. Raises `aibridge.wire.reading.Unreadable` when it is not a JSON object."""
+
+    def __init__(self, body: bytes) -> None:
+        top = parse_object(body)
+        self.body = body
+        self.previous = text(top.get("previous_response_id"))
+        self.conversation = conversation_of(top)
+        given = member_bytes(body, "input")
+        self.items = [Item.read(raw) for raw in elements(given)]
+        self.words: list[tuple[str, ...]] = [(self.previous or self.conversation or "",)]
+        if (plain := text(top.get("input"))) is not None:
+            self.words.append(("user", plain))
+        self.item_keys: list[list[str]] = []
+        prefix = Prefix()
+        prefix.add(*self.words[0])
+        for item in self.items:
+            self.item_keys.append(item.keys(prefix))
+            prefix.add(*item.words)
+            self.words.append(item.words)
+        self.keys = tuple(dict.fromkeys((*self.state_keys, *(key for keys in self.item_keys for key in keys))))
+        added = [tool for raw in elements(given) for tool in items(members(raw).get("tools"))]
+        tools = [members(tool) for tool in (*items(top.get("tools")), *added)]
+        self.tool_names = frozenset(name for tool in tools if (name := text(tool.get("name"))))
+        self.objection = self._objection(top)
+        form = text(members(members(top.get("text")).get("format")).get("type"))
+        self.is_aside = form in _STRUCTURED and not tools
+
+    @property
+    def state_keys(self) -> list[str]:
+        """What stands for the conversation that the provider keeps."""
+        if self.previous is not None:
+            return [response_key(self.previous)]
+        return [] if self.conversation is None else [key_of("conversation", self.conversation)]
+
+    def restored(self, found: Mapping[str, Memory]) -> Restored:
+        """The request with what was hidden put back. Raises `aibridge.wire.reading.Unreadable`."""
+        toolset = next((found[key].toolset for key in reversed(self.keys) if key in found), None)
+        if self.state_keys:
+            memory = found.get(self.state_keys[0])
+            return self._continued(memory, toolset)
+        walks = {memory: _Walk(memory) for memory in dict.fromkeys(found.values())}
+        owners, unknown = self._owners(found)
+        matches = [
+            None if owner is None else walks[owner].take(item) for item, owner in zip(self.items, owners, strict=True)
+        ]
+        for walk in walks.values():
+            walk.end()
+        body = self._with_input(matches)
+        return Restored(
+            body,
+            toolset,
+            restored=sum(walk.hides and walk.last is not None for walk in walks.values()),
+            lost=sum(memory.data is None for memory in walks),
+            unknown=unknown,
+        )
+
+    def _objection(self, top: Members) -> str | None:
+        given = top.get("input")
+        if not (text(given) or self.items or self.state_keys or is_present(top, "prompt")):
+            return "no input"
+        if boolean(top.get("background")):
+            return "runs in the background"
+        if self.items and self.items[-1].kind == "compaction_trigger":
+            return "asks to compact"
+        return None
+
+    def _continued(self, memory: Memory | None, toolset: str | None) -> Restored:
+        """The request goes on from what the provider keeps, under the id that the provider knows."""
+        kept = kept_of(memory)
+        body = self.body
+        if self.previous is not None and kept.ids:
+            body = with_member(body, "previous_response_id", json_string(kept.ids[-1]))
+        if kept.pending:
+            array = input_array(body)
+            rest = elements(array)
+            body = with_member(body, "input", with_elements(b"[]", (*kept.pending, *rest), separator(body)))
+        return Restored(
+            body,
+            toolset,
+            restored=int(body != self.body),
+            lost=int(memory is not None and memory.data is None),
+            unknown=int(memory is None and self.previous is not None),
+        )
+
+    def _owners(self, found: Mapping[str, Memory]) -> tuple[list[Memory | None], int]:
+        """Whose response each item is part of, and how many runs of the model's items are nobody's.
+
+        What has no key of its own belongs to what stands beside it in its run.
+        """
+        owners = [next((found[key] for key in keys if key in found), None) for keys in self.item_keys]
+        unknown = 0
+        run: list[int] = []
+        for index in range(len(self.items) + 1):
+            if index < len(self.items) and self.items[index].by_model:
+                run.append(index)
+                continue
+            known = [owners[place] for place in run if owners[place] is not None]
+            unknown += bool(run) and not known
+            owner = known[0] if known else None
+            for place in run:
+                owner = owners[place] = owners[place] or owner
+            run = []
+        return owners, unknown
+
+    def _with_input(self, matches: "Sequence[_Match | None]") -> bytes:
+        span = member_span(self.body, "input")
+        if span is None or not any(matches):
+            return self.body
+        between = separator(self.body)
+        given = self.body[slice(*span)]
+        edits: list[Edit] = []
+        for match, (start, end) in zip(matches, element_spans(given), strict=True):
+            if match is not None:
+                there = given[start:end] if match.stored is None else match.stored
+                edits.append((start, end, between.join((*match.before, there, *match.after))))
+        return edited(self.body, [(*span, edited(given, edits))])
+
+
+@dataclass(slots=True)
+class _Match:
+    """What comes in the place of an item of the client; `stored` is None where its own text stays."""
+
+    stored: bytes | None
+    before: list[bytes]
+    after: list[bytes] = field(default_factory=list)
+
+
+class _Walk:
+    """Goes along the items of one response while the client's are gone along: what they match, and what is hidden between.
+
+    What the client dropped is passed over, what was hidden never is.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self._entries = kept_of(memory).entries
+        self._items = [Item.read(entry.raw) for entry in self._entries]
+        self._position = 0
+        self.hides = any(entry.hidden for entry in self._entries)
+        self.last: _Match | None = None
+
+    def take(self, item: Item) -> _Match | None:
+        """What comes in the place of an item, where it is one of the response's that are still to come."""
+        for index in range(self._position, len(self._entries)):
+            entry, stored = self._entries[index], self._items[index]
+            if not entry.hidden and item.is_same(stored):
+                before = self._hidden(index)
+                self._position = index + 1
+                self.last = _Match(None if item.is_edited(stored) else entry.raw, before)
+                self.last.after = self._hidden(self._next_shown())
+                return self.last
+        return None
+
+    def end(self) -> None:
+        """The client said nothing more of the response: what is left of the hidden follows what it said last."""
+        if self.last is not None:
+            self.last.after += self._hidden(len(self._entries))
+
+    def _hidden(self, end: int) -> list[bytes]:
+        found = [entry.raw for entry in self._entries[self._position : end] if entry.hidden]
+        self._position = max(self._position, end)
+        return found
+
+    def _next_shown(self) -> int:
+        rest = range(self._position, len(self._entries))
+        return next((index for index in rest if not self._entries[index].hidden), len(self._entries))
+
+
+def kept_of(memory: Memory | None) -> Kept:
+    if memory is None or not memory.data:
+        return Kept()
+    try:
+        return msgspec.msgpack.decode(memory.data, type=Kept)
+    except msgspec.MsgspecError:  # another version of the bridge wrote it
+        return Kept()
+
+
+def input_array(body: bytes) -> bytes:
+    """The input as an array. One that is a string is what the user says."""
+    given = member_bytes(body, "input")
+    if given is None or not given.startswith((b"[", b'"')):
+        return b"[]"
+    if given.startswith(b"["):
+        return given
+    form = b'[{"role": "user", "content": %b}]' if separator(body) == b", " else b'[{"role":"user","content":%b}]'
+    return form % given
+
+
+def conversation_of(top: Members) -> str | None:
+    """The conversation that the provider keeps: an id, or an object with one (wire.md C1)."""
+    given = top.get("conversation")
+    return text(given) or text(members(given).get("id"))
+
+
+def is_present(top: Members, name: str) -> bool:
+    return name in top and not is_null(top[name])
+
+
+def json_string(words: str) -> bytes:
+    """A string as JSON. A lone surrogate, which UTF-8 cannot carry, becomes a question mark."""
+    return msgspec.json.encode(words.encode("utf-8", "replace").decode())
+
+
+def response_key(public_id: str) -> str:
+    """What a response is remembered by whose id a client names."""
+    return key_of("response", public_id)
