@@ -19,14 +19,14 @@ from aibridge.wire.base import (
     WireFormat,
     error_text,
 )
+from aibridge.wire.messages_merging import update_usage
+from aibridge.wire.messages_turns import MessagesTurns
 from aibridge.wire.reading import MAX_INTEGER, Members, boolean, integer, items, members, parse_object, source, text
+from aibridge.wire.turns import TurnFormat
 
 # Clients before 2026 put the session into `metadata.user_id` as user_<hash>_account_<uuid>_session_<uuid>, Claude Code now
 # sends a JSON object in a string (clients.md 2).
 _LEGACY_SESSION: Final = re.compile(r"_session_([0-9a-fA-F-]{36})$")
-
-# What a later `message_delta` must not wipe: compatible servers send 0 there (wire.md A8, failures.md 2).
-_PROMPT_COUNTERS: Final = frozenset({"input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"})
 
 # Members of a tool call that say who runs it and where (wire.md A3).
 _CALL_DETAILS: Final = ("server_name", "toolset_name")
@@ -37,6 +37,7 @@ class MessagesFormat(WireFormat):
 
     name: ClassVar[str] = "messages"
     kind: ClassVar[ProviderKind] = "anthropic"
+    turns: ClassVar[TurnFormat] = MessagesTurns()
 
     def reader(self) -> "MessagesReader":
         """A fresh reader for one upstream response."""
@@ -226,15 +227,7 @@ class MessagesReader(ResponseReader):
                 block.pieces.append(text(delta.get("thinking")) or "")
 
     def _read_usage(self, usage: Members) -> None:
-        """Every figure is a running total of the message: overwrite, never add; null and absent keep what was known."""
-        for name, raw in usage.items():
-            if bytes(raw) == b"null":
-                continue
-            if name in _PROMPT_COUNTERS and not self._fallback:
-                known = integer(self._usage.get(name))
-                if known is not None and known > (integer(raw) or 0):
-                    continue
-            self._usage[name] = raw
+        update_usage(self._usage, usage, fallback=self._fallback)
 
 
 def _is_call(kind: str) -> bool:
