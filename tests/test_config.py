@@ -3,6 +3,7 @@
 Truth: design.md section 3 for names, precedence and secrets; the rest is our choice (docs/configuration.md).
 """
 
+import json
 import os
 import re
 import tomllib
@@ -14,7 +15,7 @@ import pytest
 from pydantic import BaseModel
 
 from aibridge.check import describe
-from aibridge.config import ConfigurationError, ProviderSettings, Settings, load
+from aibridge.config import ConfigurationError, McpServerSettings, ProviderSettings, Settings, load
 
 DOCUMENTATION = Path(__file__).parent.parent / "docs" / "configuration.md"
 SECRET = "sk-very-secret-9f8e7d6c"
@@ -64,6 +65,8 @@ def all_keys(model: type[BaseModel] = Settings, path: tuple[str, ...] = ()) -> I
     for name, field in model.model_fields.items():
         if name == "providers":
             yield from all_keys(ProviderSettings, ("providers", "NAME"))
+        elif name == "servers":
+            yield from all_keys(McpServerSettings, (*path, name, "NAME"))
         elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from all_keys(field.annotation, (*path, name))
         else:
@@ -95,15 +98,50 @@ SETTINGS: dict[str, tuple[str, str, Any]] = {
     "providers.vllm.ask_for_usage": ("false", "false", False),
     "providers.vllm.ca_file": ('"ca.pem"', "ca.pem", Path("ca.pem")),
     "providers.vllm.enabled": ("false", "false", False),
+    "mcp.usage": ('"last"', "last", "last"),
+    "mcp.max_turns": ("3", "3", 3),
+    "mcp.max_seconds": ("30", "30", 30.0),
+    "mcp.keep_alive_seconds": ("5", "5", 5.0),
+    "mcp.skip_models": ('["haiku"]', '["haiku"]', ("haiku",)),
+    "mcp.history_days": ("7", "7", 7.0),
+    "mcp.history_max_bytes": ("1000", "1000", 1000),
+    "mcp.servers.time.url": ('"https://h/mcp"', "https://h/mcp", "https://h/mcp"),
+    "mcp.servers.time.command": ('["python", "-m", "x"]', '["python", "-m", "x"]', ("python", "-m", "x")),
+    "mcp.servers.time.transport": ('"sse"', "sse", "sse"),
+    "mcp.servers.time.headers": ('{ X-Key = "key" }', '{"X-Key": "key"}', {"X-Key": "key"}),
+    "mcp.servers.time.env": ('{ TOKEN = "key" }', '{"TOKEN": "key"}', {"TOKEN": "key"}),
+    "mcp.servers.time.allow": ('["^get_", "a,b"]', '["^get_", "a,b"]', ("^get_", "a,b")),
+    "mcp.servers.time.deny": ('["delete"]', '["delete"]', ("delete",)),
+    "mcp.servers.time.read_only": ("true", "true", True),
+    "mcp.servers.time.on_change": ('"withhold"', "withhold", "withhold"),
+    "mcp.servers.time.start_timeout": ("1", "1", 1.0),
+    "mcp.servers.time.call_timeout": ("2", "2", 2.0),
+    "mcp.servers.time.refresh_seconds": ("3", "3", 3.0),
+    "mcp.servers.time.max_concurrent_calls": ("4", "4", 4),
+    "mcp.servers.time.max_result_bytes": ("5", "5", 5),
 }
+# What makes a server complete beside the key under test: those of a `command` need one, the others a `url`.
+OF_A_COMMAND = {"command", "env"}
 VLLM = {"kind": "openai", "base_url": "http://gpu:8000/v1"}
 
 
 def test_the_table_has_every_setting() -> None:
-    assert {key.replace("vllm", "NAME") for key in SETTINGS} == {key for key, _ in all_keys()}
+    names = {key.replace("vllm", "NAME").replace("servers.time", "servers.NAME") for key in SETTINGS}
+    assert names == {key for key, _ in all_keys()}
+
+
+def _beside(section: str, name: str) -> dict[str, Any]:
+    """What a section needs to be complete beside a key."""
+    if section == "providers.vllm":
+        return {key: value for key, value in VLLM.items() if key != name}
+    if section == "mcp.servers.time" and name not in ("url", "command"):
+        return {"command": ["python"]} if name in OF_A_COMMAND else {"url": "http://h/mcp"}
+    return {}
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
     return value.get_secret_value() if hasattr(value, "get_secret_value") else value
 
 
@@ -112,8 +150,8 @@ def test_a_setting_by_file(key: str) -> None:
     literal, _, expected = SETTINGS[key]
     Path("ca.pem").touch()
     section, _, name = key.rpartition(".")
-    beside = {key: value for key, value in VLLM.items() if key != name} if section == "providers.vllm" else {}
-    lines = [f"[{section}]", f"{name} = {literal}", *(f'{key} = "{value}"' for key, value in beside.items())]
+    beside = (f"{key} = {json.dumps(value)}" for key, value in _beside(section, name).items())
+    lines = [f"[{section}]", f"{name} = {literal}", *beside]
     assert _plain(value_of(configured("\n".join(lines)), key)) == expected
 
 
@@ -121,8 +159,10 @@ def test_a_setting_by_file(key: str) -> None:
 def test_a_setting_by_variable(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, text, expected = SETTINGS[key]
     Path("ca.pem").touch()
-    for name, value in VLLM.items():
-        monkeypatch.setenv(f"AIBRIDGE_PROVIDERS__VLLM__{name.upper()}", value)
+    section, _, name = key.rpartition(".")
+    for other, value in _beside(section, name).items():
+        given = value if isinstance(value, str) else json.dumps(value)
+        monkeypatch.setenv(f"AIBRIDGE_{section}.{other}".upper().replace(".", "__"), given)
     monkeypatch.setenv("AIBRIDGE_" + key.upper().replace(".", "__"), text)
     assert _plain(value_of(load(), key)) == expected
 
@@ -466,7 +506,7 @@ def test_every_setting_is_documented(key: str, field: Any) -> None:
     elif field.default is None:
         assert default == "none"
     else:
-        shown = [] if field.default == () else field.default
+        shown = [] if field.default == () else field.get_default(call_default_factory=True)
         assert tomllib.loads(f"x = {default.strip('`')}")["x"] == shown
     for option in get_args(field.annotation):
         assert not isinstance(option, str) or f'`"{option}"`' in rows[0], "each choice is named"
@@ -482,6 +522,6 @@ def test_the_examples_in_the_documentation_work(tmp_path: Path, monkeypatch: pyt
     for name in ("COMPANY_ANTHROPIC_KEY", "OPENROUTER_API_KEY"):
         monkeypatch.setenv(name, "key")
     examples = re.findall(r"```toml\n(.*?)```", DOCUMENTATION.read_text(), re.DOTALL)
-    assert len(examples) == 3
+    assert len(examples) == 4
     for example in examples:
         assert configured(example.replace("/run/secrets", str(tmp_path))).enabled_providers()

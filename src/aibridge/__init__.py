@@ -8,6 +8,8 @@ The nouns of the domain, from the outside in:
   more *turns* of the provider.
 * A *wire format* reads a protocol's requests and responses and answers with *facts*: the prompt, the token *usage*, the
   *tool calls*, the *thoughts*. Bytes are passed on as they are.
+* With an *injection* requests get *tools* that a *toolbox* runs, such as those of MCP servers. What the client does not see
+  of that is kept in the *history* and put back into later requests.
 * Facts become *records*, which a *recorder* makes durable: together they are the *ledger*. *Observers* (metrics, traces,
   logs) see the same records.
 
@@ -16,25 +18,55 @@ protocols. ``docs/architecture.md`` has the map.
 """
 
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from aibridge.bridge import RequestBridge
+from aibridge.history import History, MemoryHistory
 from aibridge.identity import Actor, as_actor
+from aibridge.injection import Injection
+from aibridge.mcp.settings import McpServer
 from aibridge.metrics import Metrics
 from aibridge.providers import Provider
-from aibridge.recording import MemoryRecorder, Recorder, SqliteRecorder
+from aibridge.recording import MemoryRecorder, Recorder, SqliteApprovals, SqliteHistory, SqliteRecorder
 from aibridge.relay import Interceptor
+from aibridge.toolbox import MemoryToolbox, Toolbox
+from aibridge.tools import Outcome, Text, Tool
+
+if TYPE_CHECKING:
+    from aibridge.mcp.proxy import McpProxy
 
 __version__ = version("aibridge")
 
 __all__ = [
     "Actor",
+    "History",
+    "Injection",
     "Interceptor",
+    "McpProxy",
+    "McpServer",
+    "MemoryHistory",
     "MemoryRecorder",
+    "MemoryToolbox",
     "Metrics",
+    "Outcome",
     "Provider",
     "Recorder",
     "RequestBridge",
+    "SqliteApprovals",
+    "SqliteHistory",
     "SqliteRecorder",
+    "Text",
+    "Tool",
+    "Toolbox",
     "__version__",
     "as_actor",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`McpProxy`, when somebody asks for it: the MCP SDK takes most of a second to load."""
+    if name == "McpProxy":
+        from aibridge.mcp.proxy import McpProxy  # noqa: PLC0415
+
+        return McpProxy
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

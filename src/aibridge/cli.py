@@ -76,6 +76,7 @@ def demo(database: Path | None) -> None:
 @main.group()
 def mcp() -> None:
     """Look at the MCP servers whose tools are injected, and try them."""
+    logging.getLogger("aibridge").addHandler(logging.NullHandler())  # what is wrong with a server is printed
 
 
 @mcp.command("list")

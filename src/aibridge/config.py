@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -35,7 +35,9 @@ from pydantic_settings import (
 from aibridge.bridge import MAX_BODY_BYTES, MAX_HEADER_BYTES
 from aibridge.errors import ProviderKind
 from aibridge.ledger import WhenUnrecordable
+from aibridge.mcp.settings import McpServer, check_name as check_server_name
 from aibridge.providers import OnDisconnect, Provider, check_base_url, check_name
+from aibridge.wire.turns import UsagePolicy
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -212,6 +214,95 @@ class UpstreamSettings(_Section):
     idle_timeout: float = Field(default=600.0, gt=0, description="seconds without a byte after which a provider is given up")
 
 
+class McpServerSettings(_Section):
+    """``[mcp.servers.NAME]``"""
+
+    url: str | None = Field(default=None, description="where the server is reached: streamable HTTP, or SSE")
+    command: tuple[str, ...] = Field(
+        default=(), description="program and arguments of a server to start and talk to on stdio, as a list"
+    )
+    transport: Literal["http", "sse"] = Field(default="http", description="of a server with a url")
+    headers: dict[str, Secret] = Field(default_factory=dict, description="sent with each request to a url")
+    env: dict[str, Secret] = Field(default_factory=dict, description="environment of a command, beside the basic variables")
+    allow: tuple[str, ...] = Field(
+        default=(), description="regular expressions over the tools' own names; where there are some, others are left out"
+    )
+    deny: tuple[str, ...] = Field(default=(), description="regular expressions for tools to leave out; stronger than allow")
+    read_only: bool = Field(default=False, description="leave out tools that the server does not annotate as read-only")
+    on_change: Literal["report", "withhold"] = Field(
+        default="report",
+        description="what to do about a tool whose definition has changed since it was approved: report, or withhold it",
+    )
+    start_timeout: float = Field(default=10.0, gt=0, description="seconds that starting waits for the server's tools")
+    call_timeout: float = Field(default=60.0, gt=0, description="seconds that a call may take in all")
+    refresh_seconds: float = Field(default=300.0, gt=0, description="how often the tools are listed anew")
+    max_concurrent_calls: int = Field(default=8, ge=1, description="calls at one time; others wait")
+    max_result_bytes: int = Field(default=1_000_000, gt=0, description="size at which results are cut")
+
+
+class McpSettings(_Section):
+    """``[mcp]``"""
+
+    usage: UsagePolicy = Field(
+        default="sum",
+        description="what a response with several turns reports as its usage: the sum, or the last turn's input and the"
+        " summed output",
+    )
+    max_turns: int = Field(default=32, ge=1, description="requests to the provider for one request of a client")
+    max_seconds: float = Field(
+        default=600.0, gt=0, description="seconds after which no more tools are called for one request of a client"
+    )
+    keep_alive_seconds: float = Field(default=15.0, gt=0, description="how long a client's stream may be silent")
+    skip_models: tuple[str, ...] = Field(
+        default=(), description="regular expressions for models that get no tools, such as small ones for side jobs"
+    )
+    history_days: float = Field(
+        default=30.0, gt=0, description="how long after its last use the hidden part of a conversation is kept"
+    )
+    history_max_bytes: int = Field(default=2**30, gt=0, description="how much of it is kept, the oldest goes first")
+    servers: dict[str, McpServerSettings] = Field(default_factory=dict)
+
+    @field_validator("skip_models")
+    @classmethod
+    def _are_expressions(cls, expressions: tuple[str, ...]) -> tuple[str, ...]:
+        for expression in expressions:
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ValueError(f"{expression!r} is not a regular expression: {error}") from None
+        return expressions
+
+    @field_validator("servers")
+    @classmethod
+    def _can_be(cls, servers: dict[str, McpServerSettings]) -> dict[str, McpServerSettings]:
+        for name, given in servers.items():
+            try:
+                check_server_name(name)
+                _ = _mcp_server(given)
+            except ValueError as error:
+                raise ValueError(f"server {name!r}: {error}") from None
+        return servers
+
+
+def _mcp_server(given: McpServerSettings) -> McpServer:
+    return McpServer(
+        url=given.url,
+        command=given.command,
+        transport=given.transport,
+        headers={name: value.get_secret_value() for name, value in given.headers.items()},
+        env={name: value.get_secret_value() for name, value in given.env.items()},
+        allow=given.allow,
+        deny=given.deny,
+        read_only=given.read_only,
+        on_change=given.on_change,
+        start_timeout=given.start_timeout,
+        call_timeout=given.call_timeout,
+        refresh_seconds=given.refresh_seconds,
+        max_concurrent_calls=given.max_concurrent_calls,
+        max_result_bytes=given.max_result_bytes,
+    )
+
+
 class Settings(BaseSettings):
     """The whole tree."""
 
@@ -225,6 +316,7 @@ class Settings(BaseSettings):
     limits: LimitSettings = LimitSettings()
     upstream: UpstreamSettings = UpstreamSettings()
     providers: dict[str, ProviderSettings] = Field(default_factory=dict, validate_default=True)
+    mcp: McpSettings = McpSettings()
 
     @classmethod
     def settings_customise_sources(
@@ -314,6 +406,10 @@ class Settings(BaseSettings):
             if given.enabled
         ]
 
+    def mcp_servers(self) -> dict[str, McpServer]:
+        """The MCP servers whose tools are injected, by name."""
+        return {name: _mcp_server(given) for name, given in self.mcp.servers.items()}
+
 
 _LOOPBACK_NAMES: Final = frozenset({"127.0.0.1", "localhost", "::1"})
 _WILDCARDS: Final = frozenset({"", "0.0.0.0", "::"})  # noqa: S104  to know it, not to bind to it
@@ -384,6 +480,8 @@ def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
     for part in location[:-1]:
         if model is Settings and part == "providers":
             model = ProviderSettings
+        elif model is McpSettings and part == "servers":
+            model = McpServerSettings
         elif part in model.model_fields:
             annotation = model.model_fields[str(part)].annotation
             if isinstance(annotation, type) and issubclass(annotation, BaseModel):

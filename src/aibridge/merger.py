@@ -282,7 +282,7 @@ class LoopMerger:
             except Unreadable:
                 self._verbatim = body
         elif not self._sse.at_boundary:  # clients accept a last event without its blank line (wire.md E)
-            self._late = b"".join(map(self._show, self._sse.feed(b"\n\n")))
+            self._late = self._show(self._sse.feed(b"\n\n")[0])  # one line end may have been there
 
     def turn(self) -> Turn:
         """What the provider said in the response that has ended."""

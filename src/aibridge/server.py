@@ -1,6 +1,7 @@
 """The server around the bridge: who may come in, who they are, and the server's own routes; and the process it runs in."""
 
 import logging
+import re
 import resource
 from typing import Any, Final
 
@@ -25,8 +26,9 @@ from aibridge.errors import BadRequest, BridgeError, HeadersTooLarge, NotAuthent
 from aibridge.guard import LoopbackGuard
 from aibridge.httpclient import HttpUpstream
 from aibridge.identity import Authenticator, LocalUser, TrustedProxy, as_actor, without_headers
+from aibridge.injection import Injection
 from aibridge.metrics import Metrics
-from aibridge.recording import Recorder, SqliteRecorder
+from aibridge.recording import Recorder, SqliteApprovals, SqliteHistory, SqliteRecorder
 from aibridge.upstream import Upstream
 
 # A client's pooled connection should end on the client's side: one that we close under its next request costs it an error.
@@ -50,6 +52,7 @@ class Server:
             self._recorder,
             observers=(Metrics(self._registry, namespace="aibridge"),),
             upstream=upstream_of(settings) if upstream is None else upstream,
+            injection=injection_of(settings),
             when_unrecordable=settings.database.when_unavailable,
             max_body_bytes=settings.limits.max_body_bytes,
             max_header_bytes=settings.limits.max_header_bytes,
@@ -105,6 +108,24 @@ def _authenticator(settings: Settings) -> Authenticator:
 def upstream_of(settings: Settings) -> Upstream:
     """The connections to the providers, as configured."""
     return HttpUpstream(connect_timeout=settings.upstream.connect_timeout, idle_timeout=settings.upstream.idle_timeout)
+
+
+def injection_of(settings: Settings) -> Injection | None:
+    """The tools of the configured MCP servers, and where conversations keep what is hidden of them; None without servers."""
+    servers, rules, path = settings.mcp_servers(), settings.mcp, settings.database.path
+    if not servers:
+        return None
+    from aibridge.mcp.proxy import McpProxy  # noqa: PLC0415  the SDK takes most of a second to load
+
+    return Injection(
+        McpProxy(servers, approvals=SqliteApprovals(path)),
+        SqliteHistory(path, ttl_seconds=rules.history_days * 86400, max_bytes=rules.history_max_bytes),
+        usage=rules.usage,
+        max_turns=rules.max_turns,
+        max_seconds=rules.max_seconds,
+        keep_alive_seconds=rules.keep_alive_seconds,
+        skip_models=[re.compile(expression) for expression in rules.skip_models],
+    )
 
 
 async def _answer(client: ClientConnection, status: int, content_type: bytes, body: bytes) -> None:
