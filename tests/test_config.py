@@ -319,6 +319,26 @@ def test_secrets_are_not_shown() -> None:
     assert not any(SECRET in text for text in shown)
 
 
+def test_secrets_of_mcp_servers_are_not_shown() -> None:
+    settings = configured(
+        f"""
+        [mcp.servers.web]
+        url = "https://user:{SECRET}@h/mcp?key={SECRET}"
+        headers = {{ X-Key = "{SECRET}" }}
+        [mcp.servers.local]
+        command = ["serve it", "--token", "{SECRET}", "x y"]
+        env = {{ TOKEN = "{SECRET}" }}
+        """
+    )
+    servers = settings.mcp_servers()
+    assert servers["web"].headers == {"X-Key": SECRET} and SECRET in str(servers["web"].url)
+    assert servers["local"].command == ("serve it", "--token", SECRET, "x y")
+    shown = [repr(settings), str(settings), repr(servers), describe(settings), settings.model_dump_json()]
+    assert not any(SECRET in text for text in shown)
+    assert 'url = "https://h/mcp"' in describe(settings)
+    assert 'command = ["serve it", "--token", "***", "x y"]' in describe(settings)
+
+
 def test_the_description_is_the_configuration(tmp_path: Path) -> None:
     """What ``aibridge check`` prints is TOML that says the same."""
     settings = configured(
@@ -332,7 +352,7 @@ def test_the_description_is_the_configuration(tmp_path: Path) -> None:
 
 # TOML, what the message must hold: the key, and what is wrong or valid.
 MISTAKES: list[tuple[str, list[str]]] = [
-    ("[servr]\nport = 1", ["servr:", "no such setting", "database, identity, limits, providers, server, upstream"]),
+    ("[servr]\nport = 1", ["servr:", "no such setting", "database, identity, limits, mcp, providers, server, upstream"]),
     ("port = 1", ["port:", "no such setting", "server"]),
     ("[server]\nprot = 1", ["server.prot:", "no such setting", "allowed_hosts, host, port, shutdown_grace"]),
     ("[providers.openai]\nkey = 1", ["providers.openai.key:", "no such setting", "api_key, ask_for_usage, base_url"]),
@@ -361,6 +381,22 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ('[providers.openai]\non_disconnect = "x"', ["providers.openai.on_disconnect:", "'cancel' or 'drain'"]),
     ('[providers.openai]\nca_file = "/nope"', ["providers.openai.ca_file:", "/nope"]),
     ("[providers.openai]\nask_for_usage = 3", ["providers.openai.ask_for_usage:", "boolean"]),
+    ("[mcp]\nservers = 1", ["mcp.servers:", "section"]),
+    ('[mcp]\nskip_models = ["("]', ["mcp.skip_models:", "'('", "regular expression"]),
+    ('[mcp.servers.X_y]\nurl = "http://h/mcp"', ["mcp.servers:", "'X_y'", "lower-case letters"]),
+    ("[mcp.servers.x]", ["mcp.servers.x:", "a url or a command"]),
+    ('[mcp.servers.x]\nurl = "http://h/mcp"\ncommand = ["a"]', ["mcp.servers.x:", "a url or a command"]),
+    ('[mcp.servers.x]\nurl = "ftp://h"', ["mcp.servers.x:", "http:// or https://"]),
+    ('[mcp.servers.x]\ncommand = "python -m x"', ["mcp.servers.x.command:", "must be a list"]),
+    ('[mcp.servers.x]\nurl = "http://h/mcp"\nallow = ["("]', ["mcp.servers.x:", "'('", "regular expression"]),
+    ('[mcp.servers.x]\nurl = "http://h/mcp"\ntransport = "ws"', ["mcp.servers.x.transport:", "'http' or 'sse'"]),
+    (f'[mcp.servers.x]\nurl = "http://h/mcp"\nenv = {{ A = "{SECRET}" }}', ["mcp.servers.x:", "command"]),
+    (f'[mcp.servers.x]\nurl = "http://h/mcp"\nheaders = {{ "a b" = "{SECRET}" }}', ["mcp.servers.x:", "'a b'"]),
+    (
+        '[mcp.servers.x]\nurl = "http://h/mcp"\nheaders = { A = { env = "NO" } }',
+        ["mcp.servers.x.headers.A:", "NO is not set"],
+    ),
+    ('[mcp.servers.x]\nheders = { A = "b" }', ["mcp.servers.x.heders:", "no such setting", "headers"]),
     ("[providers.openai]\ndrain_seconds = 0", ["providers.openai.drain_seconds:", "greater than 0"]),
     *[
         (f'[providers."{name}"]\nkind = "openai"\nbase_url = "http://x"', ["providers", name, "lower-case letters"])
@@ -423,6 +459,8 @@ def test_all_mistakes_are_reported_at_once() -> None:
         ("AIBRIDGE_IDENTITY__TRUSTED_PROXIES", '["10.0.0.0/8"', ["identity.trusted_proxies:", "10.0.0.0/8"]),
         ("AIBRIDGE_PROVIDERS__OPENAI__API_KEY", "", ["providers.openai.api_key:", "empty"]),
         ("AIBRIDGE_PROVIDERS__OPENAI__API_KEY__ENV", "NOT_SET", ["providers.openai.api_key:", "NOT_SET is not set"]),
+        ("AIBRIDGE_MCP__SERVERS__X__URL", "h/mcp", ["mcp.servers.x:", "http:// or https://"]),
+        ("AIBRIDGE_MCP__SERVERS__X__HEADERS", SECRET, ["mcp.servers.x.headers:", "section"]),
         ("OPENAI_BASE_URL", "api.openai.com", ["providers.openai.base_url:", "http:// or https://"]),
     ],
 )

@@ -20,6 +20,7 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    field_serializer,
     field_validator,
     model_validator,
 )
@@ -217,9 +218,9 @@ class UpstreamSettings(_Section):
 class McpServerSettings(_Section):
     """``[mcp.servers.NAME]``"""
 
-    url: str | None = Field(default=None, description="where the server is reached: streamable HTTP, or SSE")
+    url: str | None = Field(default=None, repr=False, description="where the server is reached: streamable HTTP, or SSE")
     command: tuple[str, ...] = Field(
-        default=(), description="program and arguments of a server to start and talk to on stdio, as a list"
+        default=(), repr=False, description="program and arguments of a server to start and talk to on stdio, as a list"
     )
     transport: Literal["http", "sse"] = Field(default="http", description="of a server with a url")
     headers: dict[str, Secret] = Field(default_factory=dict, description="sent with each request to a url")
@@ -238,6 +239,26 @@ class McpServerSettings(_Section):
     refresh_seconds: float = Field(default=300.0, gt=0, description="how often the tools are listed anew")
     max_concurrent_calls: int = Field(default=8, ge=1, description="calls at one time; others wait")
     max_result_bytes: int = Field(default=1_000_000, gt=0, description="size at which results are cut")
+
+    @model_validator(mode="after")
+    def _can_be(self) -> Self:
+        _ = self.server()
+        return self
+
+    @field_serializer("url", when_used="json")
+    def _shown_url(self, url: str | None) -> str | None:
+        return url and self.server().where
+
+    @field_serializer("command", when_used="json")
+    def _shown_command(self, _: tuple[str, ...]) -> tuple[str, ...]:
+        return self.server().shown_command
+
+    def server(self) -> McpServer:
+        """The server that this describes. Raises ValueError where there can be none such."""
+        given = {name: getattr(self, name) for name in type(self).model_fields}
+        for secrets in ("headers", "env"):
+            given[secrets] = {name: value.get_secret_value() for name, value in given[secrets].items()}
+        return McpServer(**given)
 
 
 class McpSettings(_Section):
@@ -274,33 +295,10 @@ class McpSettings(_Section):
 
     @field_validator("servers")
     @classmethod
-    def _can_be(cls, servers: dict[str, McpServerSettings]) -> dict[str, McpServerSettings]:
-        for name, given in servers.items():
-            try:
-                check_server_name(name)
-                _ = _mcp_server(given)
-            except ValueError as error:
-                raise ValueError(f"server {name!r}: {error}") from None
+    def _have_names(cls, servers: dict[str, McpServerSettings]) -> dict[str, McpServerSettings]:
+        for name in servers:
+            check_server_name(name)
         return servers
-
-
-def _mcp_server(given: McpServerSettings) -> McpServer:
-    return McpServer(
-        url=given.url,
-        command=given.command,
-        transport=given.transport,
-        headers={name: value.get_secret_value() for name, value in given.headers.items()},
-        env={name: value.get_secret_value() for name, value in given.env.items()},
-        allow=given.allow,
-        deny=given.deny,
-        read_only=given.read_only,
-        on_change=given.on_change,
-        start_timeout=given.start_timeout,
-        call_timeout=given.call_timeout,
-        refresh_seconds=given.refresh_seconds,
-        max_concurrent_calls=given.max_concurrent_calls,
-        max_result_bytes=given.max_result_bytes,
-    )
 
 
 class Settings(BaseSettings):
@@ -408,7 +406,7 @@ class Settings(BaseSettings):
 
     def mcp_servers(self) -> dict[str, McpServer]:
         """The MCP servers whose tools are injected, by name."""
-        return {name: _mcp_server(given) for name, given in self.mcp.servers.items()}
+        return {name: given.server() for name, given in self.mcp.servers.items()}
 
 
 _LOOPBACK_NAMES: Final = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -471,7 +469,7 @@ def _explain(error: "ErrorDetails") -> str:
     if error["type"] in ("model_type", "dict_type"):
         return f"{key}: is a section with settings of its own, not a value"
     message = error["msg"].removeprefix("Value error, ")
-    message = message.replace("Input should be", "must be")
+    message = message.replace("Input should be", "must be").replace("a valid tuple", "a list")
     return f"{key}: {message}" if key else message
 
 

@@ -74,6 +74,11 @@ class McpServer:
         if self.url is not None:
             parts = urlsplit(self.url)
             return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+        return " ".join(self.shown_command)
+
+    @cached_property
+    def shown_command(self) -> tuple[str, ...]:
+        """The command without secrets."""
         shown: list[str] = []
         hide_next = False
         for argument in self.command:
@@ -85,7 +90,7 @@ class McpServer:
             else:
                 shown.append(self.masked(argument))
             hide_next = option is not None and option["value"] is None
-        return " ".join(shown)
+        return tuple(shown)
 
     def masked(self, text: str) -> str:
         """The text without any of this server's secrets."""
