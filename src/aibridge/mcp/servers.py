@@ -135,7 +135,7 @@ class ServerConnection:
     async def _call(self, client: Client, tool: str, arguments: dict[str, Any]) -> Result:
         task = asyncio.create_task(self._exchange(client, tool, arguments))
         self._calls.add(task)
-        task.add_done_callback(self._calls.discard)
+        task.add_done_callback(self._forget)
         try:
             await asyncio.wait({task})
         except asyncio.CancelledError:
@@ -144,6 +144,12 @@ class ServerConnection:
         if task.cancelled():
             raise Failed(f"The MCP server {self.name!r} is being closed.")
         return task.result()
+
+    def _forget(self, task: asyncio.Task[Result]) -> None:
+        """A call has ended. Its caller may be gone: asyncio would log an error that nobody has asked for."""
+        self._calls.discard(task)
+        if not task.cancelled():
+            task.exception()
 
     async def _exchange(self, client: Client, tool: str, arguments: dict[str, Any]) -> Result:
         """One request of a call.
