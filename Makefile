@@ -1,5 +1,5 @@
 # Set-up and every command of development: `make` lists them. Needs Python 3.11 or newer and nothing else; npm, where it
-# is there, brings the clients (Claude Code) that some tests drive. Works with GNU Make 3.81 (macOS) and newer.
+# is there, brings the programs (clients, SDKs, an MCP server) that some tests drive. Works with GNU Make 3.81 (macOS) and newer.
 
 # Give the interpreter on the command line to choose another one: make PYTHON=/path/to/python3.13 run
 PYTHON =
@@ -123,7 +123,7 @@ $(VENV)/.dev: $(VENV)/.runtime
 .PHONY: clients
 ifeq ($(NPM),)
 clients:
-	@echo "npm is not there: the tests that need Claude Code will be skipped."
+	@echo "npm is not there: the tests that need Claude Code, Codex, the JavaScript SDKs or the reference MCP server will be skipped."
 else
 clients: $(if $(CLIENTS_JSON),$(CLIENTS)/node_modules/.installed)
 endif

@@ -4,10 +4,11 @@ Run it with ``make example``, then point a client at it and say who you are:
 
     curl http://127.0.0.1:8081/ai/anthropic/v1/messages -H 'x-user: ada' -H "x-api-key: $ANTHROPIC_API_KEY" \
          -H 'anthropic-version: 2023-06-01' -H 'content-type: application/json' \
-         -d '{"model": "claude-haiku-4-5", "max_tokens": 100, "messages": [{"role": "user", "content": "Hello"}]}'
+         -d '{"model": "claude-haiku-4-5", "max_tokens": 100, "messages": [{"role": "user", "content": "What time is it?"}]}'
 """
 
 import os
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,7 +18,19 @@ from fastapi import FastAPI, Response
 from prometheus_client import CollectorRegistry, generate_latest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from aibridge import Actor, Metrics, Provider, RequestBridge, SqliteRecorder, as_actor
+from aibridge import (
+    Actor,
+    Injection,
+    McpProxy,
+    McpServer,
+    Metrics,
+    Provider,
+    RequestBridge,
+    SqliteApprovals,
+    SqliteHistory,
+    SqliteRecorder,
+    as_actor,
+)
 
 # Providers are data. A key that is set here is used for everybody; without one each client brings its own.
 providers = [
@@ -27,10 +40,25 @@ providers = [
     Provider.openai("ollama", base_url="http://127.0.0.1:11434/v1"),
 ]
 
+# Tools for everybody: those of a public server, and of one that is started here (pip install mcp-server-time). The bridge
+# starts without a server that cannot be reached. Clients see nothing of them.
+tools = McpProxy(
+    {
+        "deepwiki": McpServer(url="https://mcp.deepwiki.com/mcp", allow=("^ask_question$",)),
+        "time": McpServer(command=(sys.executable, "-m", "mcp_server_time")),
+    },
+    approvals=SqliteApprovals("example.db"),
+)
+
 # Where records are kept, and who else gets to see them: any callable that takes an event is an observer.
 recorder = SqliteRecorder("example.db")
 registry = CollectorRegistry()
-bridge = RequestBridge(providers, recorder, observers=[Metrics(registry, namespace="aibridge")])
+bridge = RequestBridge(
+    providers,
+    recorder,
+    observers=[Metrics(registry, namespace="aibridge")],
+    injection=Injection(tools, SqliteHistory("example.db")),
+)
 
 
 class WhoIsIt:
