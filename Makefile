@@ -47,7 +47,7 @@ example: $(VENV)/.runtime ## run the example of the library's use
 
 test: $(VENV)/.dev clients ## set up and run all the tests, in parallel, then check the core's coverage (100 % of lines)
 	@rm -f .coverage .coverage.*
-	$(BIN)/python -m pytest --numprocesses auto --cov --cov-report= $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup --cov --cov-report= $(ARGS)
 	@echo "Coverage of the core:"
 	@$(BIN)/python -m coverage report --include='$(CORE)' --show-missing --skip-covered --fail-under=100
 

@@ -79,15 +79,19 @@ def run(
     key: str = KEY,
     env: Mapping[str, str] | None = None,
     seconds: float = 60,
+    resume: str | None = None,
 ) -> Outcome:
     """Let Claude Code answer ``prompt`` in the directory ``workspace``. Raises NotInstalled, TimeoutError.
 
     ``base_url`` is what ANTHROPIC_BASE_URL shall be: the provider's origin, or the bridge's with its provider's path.
     The environment is made here and inherits nothing but PATH, so that neither the developer's own settings nor a
-    proxy nor a credential finds its way into a test.
+    proxy nor a credential finds its way into a test. ``resume`` goes on with the session of that id, if it is in the
+    CLAUDE_CONFIG_DIR that ``env`` names.
     """
     program = claude()
     arguments = ["-p", prompt, "--dangerously-skip-permissions", "--output-format", "json"]
+    if resume is not None:
+        arguments += ["--resume", resume]
     with tempfile.TemporaryDirectory(prefix="claude-home-", ignore_cleanup_errors=True) as home:
         environment = {
             "PATH": os.environ.get("PATH", os.defpath),

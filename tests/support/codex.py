@@ -9,7 +9,8 @@ import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -88,25 +89,37 @@ stream_idle_timeout_ms = 30000
 _ARGUMENTS: Final = ("exec", "--json", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox")
 
 
-def run(base_url: str, prompt: str, workspace: Path, *, model: str = GPT_5, key: str = KEY, seconds: float = 60) -> Outcome:
+def run(
+    base_url: str,
+    prompt: str,
+    workspace: Path,
+    *,
+    model: str = GPT_5,
+    key: str = KEY,
+    seconds: float = 60,
+    home: Path | None = None,
+    resume: str | None = None,
+) -> Outcome:
     """Let Codex answer ``prompt`` in the directory ``workspace``; it does not retry. Raises NotInstalled, TimeoutError.
 
     ``base_url`` is where ``/responses`` is: the provider's ``/v1``, or the bridge's ``/openai/v1``. The environment is made
     here and inherits nothing but PATH; what Codex asks of its vendor beside, over TLS, goes to a proxy that is not there.
+    ``resume`` goes on with the session of that id, which was in the same ``home``.
     """
     program = codex()
-    with tempfile.TemporaryDirectory(prefix="codex-home-", ignore_cleanup_errors=True) as home:
+    going_on = [] if resume is None else ["resume", resume]
+    with _home(home) as folder:
         # A JSON string is a TOML string.
         config = _CONFIG.format(model=json.dumps(model), base_url=json.dumps(base_url))
-        Path(home, "config.toml").write_text(config)
+        Path(folder, "config.toml").write_text(config)
         process = subprocess.Popen(
-            [program, *_ARGUMENTS, prompt],
+            [program, *_ARGUMENTS, *going_on, prompt],
             cwd=workspace,
             env={
                 "PATH": os.environ.get("PATH", os.defpath),
-                "HOME": home,
-                "CODEX_HOME": home,
-                "TMPDIR": home,
+                "HOME": folder,
+                "CODEX_HOME": folder,
+                "TMPDIR": folder,
                 "HTTPS_PROXY": "http://127.0.0.1:9",
                 "GW_KEY": key,
             },
@@ -125,6 +138,16 @@ def run(base_url: str, prompt: str, workspace: Path, *, model: str = GPT_5, key:
                 raise TimeoutError(f"Codex was still running after {seconds} s") from None
             raise
     return Outcome(process.returncode, [json.loads(line) for line in out.splitlines()], err.decode(errors="replace"))
+
+
+@contextmanager
+def _home(home: Path | None) -> Iterator[str]:
+    """The folder that is given, or one for this time."""
+    if home is not None:
+        yield str(home)
+    else:
+        with tempfile.TemporaryDirectory(prefix="codex-home-", ignore_cleanup_errors=True) as folder:
+            yield folder
 
 
 # --- what a provider says to it ---------------------------------------------------------------------------------------
