@@ -130,11 +130,13 @@ class Injection:
     async def _outcome(self, call: Call, deadline: float) -> Outcome:
         if call.refusal is not None:
             return Outcome.failed(call.refusal)
+        if time.monotonic() >= deadline:  # not even begun: what is broken off may have had its effect
+            return Outcome.failed(_OUT_OF_TIME)
         try:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()):
                 return await self.toolbox.call(call.tool, call.arguments)
         except TimeoutError:
-            return Outcome.failed("The time for tools in this turn is used up, so the call was given up.")
+            return Outcome.failed(_OUT_OF_TIME)
         except Exception as error:
             logger.exception("the toolbox failed at tool %s of server %s", call.tool.tool, call.tool.server)
             return Outcome.failed(f"The tool could not be called ({type(error).__name__}).")
@@ -179,6 +181,7 @@ class Injection:
         return self._toolsets[digest]
 
 
+_OUT_OF_TIME: Final = "The time for tools in this turn is used up, so the call was given up."
 _FOREIGN: Final = ("no tools injected: the conversation began elsewhere",)
 
 

@@ -18,6 +18,7 @@ from aibridge.wire.sse import Frame, SseDecoder
 from aibridge.wire.turns import Draft, Turn, UsagePolicy
 
 _CUT: Final = UpstreamError("The provider's response ended before it was complete.")
+_BOM: Final = b"\xef\xbb\xbf"
 _DROPPED_WHEN_EDITED: Final = (b"content-length", b"content-encoding")
 
 
@@ -200,6 +201,7 @@ class LoopMerger:
         self._refused = False  # a later request was: its answer is an error and no turn
         self._body: list[bytes] = []
         self._late = b""  # what only the end of a response completed
+        self._goes_on = False  # it is not the first response that is under way
         self._verbatim: bytes | None = None  # a body that nobody can read, and so nobody can merge
         self._finished = False
         self.failure: BridgeError | None = None
@@ -246,6 +248,7 @@ class LoopMerger:
             return None
         self._merger.begin()
         if self._first is not None:
+            self._goes_on = True
             if stream != self._stream:
                 raise UpstreamError("The provider answered one request with a stream and one without.")
             return None
@@ -315,9 +318,10 @@ class LoopMerger:
 
     def _show(self, frame: Frame) -> bytes:
         try:
-            return self._merger.read_event(frame)
+            shown = self._merger.read_event(frame)
         except Unreadable:
-            return frame.raw
+            shown = frame.raw
+        return shown.removeprefix(_BOM) if self._goes_on else shown  # only what begins a stream may have one
 
 
 def _editing(request: Request, head: ResponseHead) -> tuple[ResponseFilter | None, Decoder | None]:

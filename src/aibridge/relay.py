@@ -135,6 +135,7 @@ class _Exchange:
         self._keep_alive: KeepAlive | None = None
         self._waits = Interruptible()
         self._listening = True
+        self._reading = True  # from the provider, and not calling tools
         self._aborted = False
 
     async def run(self, conversation: Conversation, stopping: Stopping) -> None:
@@ -221,11 +222,16 @@ class _Exchange:
         return self._response.head
 
     async def _call_tools(self, response_id: str | None, calls: Sequence[Call]) -> Answers:
-        return await self._tools.call(
+        if not self._listening:  # a response may be read on for the record, but nothing new is begun
+            raise ClientDisconnected
+        self._reading = False
+        answers = await self._tools.call(
             calls,
             seconds_left=self._started + self._tools.max_seconds - time.monotonic(),
             report=partial(self._entry.record_invocation, response_id),
         )
+        self._reading = True
+        return answers
 
     async def _wait(self, awaitable: Any) -> Any:
         try:
@@ -239,7 +245,7 @@ class _Exchange:
         """Notice that the client has gone: stop the provider at once, or let it finish for the record."""
         await self._client.gone()
         self._listening = False
-        if self._interceptor.provider.on_disconnect == "drain":
+        if self._interceptor.provider.on_disconnect == "drain" and self._reading:
             await asyncio.sleep(self._interceptor.provider.drain_seconds)
         self._waits.interrupt(ClientDisconnected())
 

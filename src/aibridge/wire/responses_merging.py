@@ -281,11 +281,10 @@ class ResponsesMerger(TurnMerger):
         hop.whole = whole and text(end.get("status")) not in _BROKEN
         if members(end.get("usage")):
             self._usages.append(member_bytes(response, "usage") or b"")
-        for index, raw in enumerate(elements(member_bytes(response, "output"))):
-            item = members(raw)
-            self._differs = self._differs or self._tool(item) is not None
-            if index in hop.items or hop.knows(item):
-                continue
+        output = [(index, raw, members(raw)) for index, raw in enumerate(elements(member_bytes(response, "output")))]
+        self._differs = self._differs or any(self._tool(item) is not None for _, _, item in output)
+        # Which are new is asked before any is taken in: two of them may have the same call id (wire.md D3).
+        for index, raw, item in [one for one in output if one[0] not in hop.items and not hop.knows(one[2])]:
             hop.items[index] = raw
             if index not in hop.places:
                 self._place(index, item)
