@@ -33,7 +33,6 @@ class Frame:
     data: bytes | None = None
     oversized: bool = False
 
-
     def with_data(self, data: bytes) -> bytes:
         """The frame's bytes with other data. Data of several lines is put on one."""
         assert self.data is not None  # noqa: S101  there is nothing to replace in a comment
