@@ -301,6 +301,7 @@ def test_nobody_waits_for_the_tools(event: Exception) -> None:
     told = Told()
     told.hears(STREAM, events("msg_1", use("a")), begins=True)
     told(CallTools, event)
+    assert told(Remember).memory.toolset == told.loop.toolset.digest, "what the client has is bound to the tools"
     if isinstance(event, ClientDisconnected):
         told.ends("client_disconnected")
     else:
@@ -322,6 +323,16 @@ def test_nobody_waits_for_the_second_answer(event: Exception) -> None:
     assert told.is_over()
 
 
+def test_a_call_of_another_tool_of_that_name_is_recorded() -> None:
+    told = Told()
+    elsewhere = {"type": "server_tool_use", "id": "srvtoolu_1", "name": LOOK.name, "input": {}}
+    told(Send, STREAM)
+    told(Respond)
+    told(Receive, events("msg_1", elsewhere, use("a")))
+    told(Relay)
+    assert [call.id for call in told(Record).facts.tool_calls] == ["srvtoolu_1"]
+
+
 def test_a_client_that_is_gone_does_not_have_tools_run() -> None:
     told = Told()
     told(Send, STREAM)
@@ -329,6 +340,7 @@ def test_a_client_that_is_gone_does_not_have_tools_run() -> None:
     told(Receive, events("msg_1", use("a")))
     told(Relay, False)
     told(Record)
+    told(Remember, Interrupted())
     told.ends("client_disconnected")
     assert told.is_over()
 
@@ -383,6 +395,7 @@ def test_a_compressed_response_that_is_none() -> None:
     told(Respond)
     told(Receive, b"no gzip")
     told(Record)
+    told(Remember)
     told.ends("failed")
     told(Relay)
     assert seen(told.shown)[-1]["type"] == "error"

@@ -58,7 +58,8 @@ async def answered(given: Injection, body: bytes, *pieces: bytes) -> None:
     found = await prepared(given, body)
     assert found.loop is not None
     turn = Answered(Turn(tuple(map(Piece, pieces))))
-    await given.remember(SCOPE, MESSAGES.turns.memory(found.loop.draft, found.loop.toolset, [turn]))
+    memory = MESSAGES.turns.memory(found.loop.draft, found.loop.toolset, [turn])
+    await given.remember(SCOPE, memory, found.loop.toolset)
 
 
 # ---- which tools ----
@@ -131,7 +132,8 @@ async def test_what_was_hidden_comes_back_even_where_no_tools_can_be_called() ->
     first, last = (Turn((Piece(b"{}"),), response_id=identity) for identity in ("resp_1a2b3c4d", "resp_5e6f7a8b"))
     call_ = Call("call_9z8y7x", found.loop.toolset.tools[0], "{}")
     turns = [Answered(replace(first, calls=(call_,)), (Outcome.failed("no"),)), Answered(last)]
-    await given.remember(SCOPE, RESPONSES.turns.memory(found.loop.draft, found.loop.toolset, turns))
+    memory = RESPONSES.turns.memory(found.loop.draft, found.loop.toolset, turns)
+    await given.remember(SCOPE, memory, found.loop.toolset)
     sent = b'{"model":"gpt","input":"and?","background":true,"previous_response_id":"resp_1a2b3c4d"}'
     for coding in ("", "gzip"):
         found = await given.prepare(RESPONSES.parse(ENCODERS[coding](sent) if coding else sent, coding), SCOPE)
@@ -143,13 +145,60 @@ async def test_a_conversation_that_began_elsewhere_keeps_its_thoughts() -> None:
     sent = body("hi", [thinking(), {"type": "text", "text": "Hello!"}], "and?")
     found = await prepared(injection(), sent)
     assert (found.request.body, found.loop) == (sent, None)
-    assert found.notes == ("no tools injected: the conversation began elsewhere",)
+    assert found.notes == ("no tools injected: its thoughts are bound to the tools that it had elsewhere",)
 
 
 async def test_a_history_that_its_client_wrote_gets_tools() -> None:
     found = await prepared(injection(), body("hi", [{"type": "text", "text": "Hello!"}], "and?"))
     assert offered(found) == ["bmcp_memory_look"]
-    assert found.unknown == 1 and found.notes == ("1 turns of the model are not known",)
+    assert (found.unknown, found.notes) == (0, ()), "nothing of it was ever hidden"
+
+
+async def test_what_is_not_known_of_a_conversation_is_noted() -> None:
+    given = injection()
+    await answered(given, body("hi"), b'{"type":"text","text":"Hello!"}')
+    edited = [{"type": "text", "text": "Hello!"}], [{"type": "text", "text": "Oh?"}]
+    found = await prepared(given, body("hi", edited[0], "and?", edited[1], "and then?"))
+    assert (found.unknown, found.notes) == (1, ("1 turns of the model are not known",))
+
+
+async def test_a_large_request_is_read_beside_the_event_loop() -> None:
+    found = await prepared(injection(), body("hi" * 600_000))
+    assert offered(found) == ["bmcp_memory_look"]
+
+
+async def test_a_conversation_keeps_its_tools_whatever_names_its_client_takes_later() -> None:
+    """The set is the same, under other names."""
+    history = MemoryHistory()
+    hello = [{"type": "text", "text": "Hello!"}]
+    await answered(injection("a", history=history), body("hi"), b'{"type":"text","text":"Hello!"}')
+    own = {"tools": [{"name": "bmcp_memory_a", "input_schema": {}}]}
+    await answered(injection("a", "b", history=history), body("hi", hello, "and?", **own), b'{"type":"text","text":"So."}')
+    found = await prepared(
+        injection("a", "b", history=history), body("hi", hello, "and?", [{"type": "text", "text": "So."}], "ok")
+    )
+    assert offered(found) == ["bmcp_memory_a"]
+    assert len(history.toolsets) == 1
+
+
+async def test_the_tool_sets_at_hand_are_bounded() -> None:
+    history = MemoryHistory()
+    given = injection("a", history=history)
+    for number in range(100):
+        hello = f"Hello {number}!"
+        other = injection(f"tool{number}", history=history)
+        await answered(other, body("hi"), json.dumps({"type": "text", "text": hello}).encode())
+        assert offered(await prepared(given, body("hi", [{"type": "text", "text": hello}], "and?"))) == [
+            f"bmcp_memory_tool{number}"
+        ]
+    assert len(given._toolsets) <= 64
+
+
+async def test_a_skipped_model_in_a_conversation_that_has_tools_keeps_them() -> None:
+    given = injection(skip_models=[re.compile("haiku")])
+    await answered(given, body("hi"), b'{"type":"text","text":"Hello!"}')
+    found = await prepared(given, body("hi", [{"type": "text", "text": "Hello!"}], "and?", model="claude-haiku"))
+    assert offered(found) == ["bmcp_memory_look"]
 
 
 async def test_a_tool_set_that_is_not_known_any_more() -> None:
@@ -167,13 +216,10 @@ class Broken:
     async def recall(self, scope: str, keys: Sequence[str]) -> Mapping[str, Memory]:
         raise OSError
 
-    async def remember(self, scope: str, memory: Memory) -> None:
+    async def remember(self, scope: str, memory: Memory, toolset: bytes) -> None:
         raise OSError
 
     async def recall_toolset(self, digest: str) -> bytes | None:
-        raise OSError
-
-    async def remember_toolset(self, digest: str, encoded: bytes) -> None:
         raise OSError
 
 
@@ -181,7 +227,7 @@ async def test_a_history_that_fails_stops_nobody(caplog: pytest.LogCaptureFixtur
     given = injection(history=Broken())
     await answered(given, body("hi", [{"type": "text", "text": "Hello!"}], "and?"), b'{"type":"text","text":"So."}')
     said = [record.message for record in caplog.records]
-    assert len(said) == 3 and all("could not be" in line for line in said)
+    assert len(said) == 2 and all("could not be" in line for line in said)
 
 
 # ---- running calls ----
@@ -237,13 +283,14 @@ async def test_calls_run_at_once_and_answer_in_their_order() -> None:
     assert not answers.out_of_time and sorted(identity for identity, _ in reports) == ["a", "b", "c"]
 
 
-async def test_each_id_runs_once_but_no_id_is_no_id() -> None:
+async def test_a_call_runs_once_but_an_id_alone_makes_no_call() -> None:
+    """wire.md D3: compatible servers repeat ids, or have none."""
     box, reports = Box(), Reports()
     box.go.set()
-    calls = [call("a", "1"), call("a", "2"), call("", "3"), call("", "4")]
+    calls = [call("a", "1"), call("a", "1"), call("a", "2"), call("", "3"), call("", "3")]
     answers = await Injection(box, MemoryHistory()).call(calls, seconds_left=SECONDS, report=reports)
-    assert [outcome.content for outcome in answers.outcomes] == [(Text(said),) for said in ("1", "1", "3", "4")]
-    assert box.running == {"1", "3", "4"} and len(reports) == 3
+    assert [outcome.content for outcome in answers.outcomes] == [(Text(said),) for said in ("1", "1", "2", "3", "3")]
+    assert len(reports) == 4
 
 
 async def test_what_must_not_run_does_not() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
+from aibridge.wire import splicing
 from aibridge.wire.reading import Unreadable
 from aibridge.wire.splicing import (
     edited,
@@ -197,3 +198,34 @@ def test_several_edits() -> None:
 )
 def test_what_a_writer_puts_between_members(body: bytes, expected: bytes) -> None:
     assert separator(body) == expected
+
+
+# ---- two ways to the same places ----
+
+
+@given(json_values, st.sampled_from([(",", ":"), (", ", ": "), (" ,\n", " :\t")]), st.sampled_from(["", " ", "\r\n"]))
+def test_both_ways_to_find_members_find_the_same(value: Any, separators: tuple[str, str], around: str) -> None:
+    body = (around + json.dumps({"a": value, "e": value, "z": [value]}, separators=separators) + around).encode()
+    assert splicing._measured(body) == splicing._scanned(body) != []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"x":{"p":1,"y":2},"x":123456,"y":2}',  # the length of the last value leads into the first one
+        b'{"x":1,"x":2}',
+        b'{"x":"\x01"}',
+        b'{"a":1}x',
+        b'{"a":1',
+        b'[{"a":1}]',
+        b"",
+    ],
+)
+def test_what_cannot_be_measured_is_scanned(body: bytes) -> None:
+    assert splicing._measured(body) == []
+
+
+@given(st.lists(st.tuples(st.sampled_from(["a", "b"]), json_values), max_size=5))
+def test_repeated_keys_mislead_nobody(pairs: list[tuple[str, Any]]) -> None:
+    body = ("{" + ",".join(f"{json.dumps(key)}:{json.dumps(value)}" for key, value in pairs) + "}").encode()
+    assert splicing._measured(body) in ([], splicing._scanned(body))

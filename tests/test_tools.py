@@ -34,6 +34,7 @@ def test_what_is_no_set() -> None:
 def test_a_client_keeps_its_names() -> None:
     tools = Toolset([tool("a"), tool("a_2"), tool("b")])
     found = tools.avoiding({"a", "x"})
+    assert (found.digest, found.encoded) == (tools.digest, tools.encoded), "the same set, whoever else has which names"
     assert [one.name for one in found.tools] == ["a_2", "a_2_2", "b"]
     assert [one.tool for one in found.tools] == ["a", "a_2", "b"]
     assert tools.avoiding(()).digest == tools.digest

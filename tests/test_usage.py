@@ -87,4 +87,17 @@ def test_what_was_never_reported_is_not_zero() -> None:
 
 
 def test_odd_values_are_the_last_ones() -> None:
-    assert merged([{"cost": 0.5, "x": 1}, {"cost": 0.25, "x": "y"}], "sum") == {"cost": 0.25, "x": "y"}
+    assert merged([{"tier": "a", "x": 1}, {"tier": "b", "x": "y"}], "sum") == {"tier": "b", "x": "y"}
+
+
+@pytest.mark.parametrize("policy", ["sum", "last"])
+def test_costs_add_up(policy: UsagePolicy) -> None:
+    """OpenRouter reports one (wire.md B4)."""
+    assert merged([{"cost": 0.5}, {"cost": 0.25}], policy) == {"cost": 0.75}
+
+
+def test_the_last_input_is_the_last_turns_alone() -> None:
+    """No detail of an earlier turn beside its figures."""
+    assert merged([{"prompt_tokens": 1, "prompt_tokens_details": {"cached_tokens": 1}}, {"prompt_tokens": 2}], "last") == {
+        "prompt_tokens": 2
+    }

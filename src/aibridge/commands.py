@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aibridge.records import Status
-from aibridge.tools import Call, Outcome
+from aibridge.tools import Call, Outcome, Toolset
 from aibridge.wire.base import Headers, Request, ResponseFacts
 from aibridge.wire.turns import Memory
 
@@ -61,7 +61,7 @@ class Answers:
 
 @dataclass(frozen=True, slots=True)
 class CallTools:
-    """Run calls of injected tools, all at once but each id once, and record each. Answered with `Answers`."""
+    """Run calls of injected tools, all at once, and record each. Answered with `Answers`."""
 
     response_id: str | None
     calls: tuple[Call, ...]
@@ -69,9 +69,10 @@ class CallTools:
 
 @dataclass(frozen=True, slots=True)
 class Remember:
-    """Keep what the client was not shown, for the next request of its conversation."""
+    """Keep what the client was not shown, and the tools that it was offered, for the next request of its conversation."""
 
     memory: Memory
+    toolset: Toolset
 
 
 @dataclass(frozen=True, slots=True)

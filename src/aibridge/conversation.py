@@ -10,7 +10,7 @@ bottom like blocking code, runs without an event loop in tests, and leaves clock
     command = conversation.throw(error)      # what went wrong while carrying out the last command
 
 What may be thrown in: `UpstreamError` at Send and Receive, `ClientDisconnected` and `Interrupted` at Send, Receive, Respond,
-Relay and CallTools, `RecordingFailed` at End. Nothing else, and nothing comes out.
+Relay, CallTools and Remember, `RecordingFailed` at End. Nothing else, and nothing comes out.
 
 With tools of the bridge's own in the request there may be several turns: what the model calls of them is run, its turn and
 the results are appended to the request, and the client sees the answers as one (`aibridge.merger`).
@@ -62,26 +62,30 @@ _NOBODY_KNOWS: Final = ResponseFacts(usage=Usage(), completeness="partial")
 
 def converse(request: Request, loop: Loop | None = None) -> Conversation:
     """Carry one client request through; `loop` where tools were injected into it. See the module's docstring."""
+    merger, turns, end = yield from _turns(request, loop)
+    if loop is not None and turns:
+        with suppress(ClientDisconnected, Interrupted):  # it is being kept, whoever waits
+            yield Remember(request.format.turns.memory(loop.draft, loop.toolset, turns), loop.toolset)
+    merger.failure = (yield from _end(end)) or merger.failure
+    if end.status == "client_disconnected":
+        return
+    if merger.failure is not None:
+        yield from _break_off(merger) if merger.started else _refuse(request, merger.failure)
+    elif merger.started:
+        yield from _finish(merger)
+    else:
+        yield from _last_words(*merger.whole())
+
+
+def _turns(request: Request, loop: Loop | None) -> Generator[Command, Any, tuple[Merger, list[Answered], End]]:
+    """Ask the provider, and again as long as it calls tools of ours only. Answers with what there is to finish, the turns
+    that are to be remembered, and how the interception ends.
+    """
     merger: Merger = VerbatimMerger(request) if loop is None else LoopMerger(request, loop)
     turns: list[Answered] = []
     last = loop is None or loop.max_turns == 1
     while True:
-        try:
-            head = yield Send(request)
-        except UpstreamError as error:
-            merger.failure = error
-            yield Record(_NOBODY_KNOWS if isinstance(error, UpstreamTimeout) else ResponseFacts())
-            end = End("failed", merger.status or error.status, error.message)
-            break
-        except (ClientDisconnected, Interrupted) as event:
-            merger.failure = _SHUTDOWN
-            yield Record(_NOBODY_KNOWS)
-            end = End(_status_of(event), merger.status)
-            break
-        if not (head.ok or merger.started):  # an error goes to the client as it is
-            merger = VerbatimMerger(request)
-        end = yield from _relay(merger, head)
-        yield Record(merger.facts)
+        merger, end = yield from _ask(request, merger)
         if loop is None or not isinstance(merger, LoopMerger) or end.status != "completed":
             break
         turn = merger.turn()
@@ -96,21 +100,34 @@ def converse(request: Request, loop: Loop | None = None) -> Conversation:
             break
         last = answers.out_of_time or len(turns) + 1 >= loop.max_turns
         request = replace(request, body=request.format.turns.with_turn(request.body, turns[-1], last=last))
-    if loop is not None and turns:
-        yield Remember(request.format.turns.memory(loop.draft, loop.toolset, turns))
-    merger.failure = (yield from _end(end)) or merger.failure
-    if end.status == "client_disconnected":
-        return
-    if merger.failure is not None:
-        yield from _break_off(merger) if merger.started else _refuse(request, merger.failure)
-    elif merger.started:
-        yield from _finish(merger)
-    else:
-        yield from _last_words(*merger.whole())
+    if not turns and merger.started and isinstance(merger, LoopMerger):
+        turns.append(Answered(merger.turn()))  # what the client has of it is bound to the tools that were offered
+    return merger, turns, end
+
+
+def _ask(request: Request, merger: Merger) -> Generator[Command, Any, tuple[Merger, End]]:
+    """Send a request, relay the response up to its end, and record it. Answers with what the response was presented by, and
+    how the interception ends if this is all of it.
+    """
+    try:
+        head = yield Send(request)
+    except UpstreamError as error:
+        merger.failure = error
+        yield Record(_NOBODY_KNOWS if isinstance(error, UpstreamTimeout) else ResponseFacts())
+        return merger, End("failed", merger.status or error.status, error.message)
+    except (ClientDisconnected, Interrupted) as event:
+        merger.failure = _SHUTDOWN
+        yield Record(_NOBODY_KNOWS)
+        return merger, End(_status_of(event), merger.status)
+    if not (head.ok or merger.started):  # an error goes to the client as it is
+        merger = VerbatimMerger(request)
+    end = yield from _relay(merger, head)
+    yield Record(merger.facts)
+    return merger, end
 
 
 def _relay(merger: Merger, head: ResponseHead) -> Generator[Command, Any, End]:
-    """Relay a response up to its end, which is held back. Answers how the interception ends if this is all of it."""
+    """Relay a response up to its end, which is held back."""
     listening = True
     try:
         if (beginning := merger.begin(head)) is not None:

@@ -23,14 +23,14 @@ class History(Protocol):
         A memory that was dropped for its age or size comes back without its `data`, as long as that is known.
         """
 
-    async def remember(self, scope: str, memory: Memory) -> None:
-        """Keep a memory under all its keys. Returns when it is durable."""
+    async def remember(self, scope: str, memory: Memory, toolset: bytes) -> None:
+        """Keep a memory under all its keys, and the encoded tool set that `memory.toolset` is the digest of: both or neither.
+
+        Returns when they are durable.
+        """
 
     async def recall_toolset(self, digest: str) -> bytes | None:
-        """The encoded tool set with that digest."""
-
-    async def remember_toolset(self, digest: str, encoded: bytes) -> None:
-        """Keep a tool set. Returns when it is durable."""
+        """The encoded tool set with that digest, which came with a memory; None when it is not there any more."""
 
 
 class MemoryHistory:
@@ -44,14 +44,11 @@ class MemoryHistory:
         """The newest memory under each of the keys, where there is one."""
         return {key: found for key in keys if (found := self.memories.get((scope, key))) is not None}
 
-    async def remember(self, scope: str, memory: Memory) -> None:
-        """Keep a memory under all its keys."""
+    async def remember(self, scope: str, memory: Memory, toolset: bytes) -> None:
+        """Keep a memory under all its keys, and its tool set."""
         self.memories |= {(scope, key): memory for key in memory.keys}
+        self.toolsets[memory.toolset] = toolset
 
     async def recall_toolset(self, digest: str) -> bytes | None:
         """The encoded tool set with that digest."""
         return self.toolsets.get(digest)
-
-    async def remember_toolset(self, digest: str, encoded: bytes) -> None:
-        """Keep a tool set."""
-        self.toolsets[digest] = encoded

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, ParamSpec, TypeVar
 
 from aibridge.commands import Answers
 from aibridge.history import History
@@ -26,12 +26,16 @@ from aibridge.wire.turns import Draft, Memory, Restored, UsagePolicy
 
 logger = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A request as it goes to the provider first. Without a `loop` nothing was injected, and its bytes are the client's.
 
-    `lost` and `unknown` count what could not be put back (`aibridge.wire.turns.Restored`); `notes` say so to the ledger.
+    `lost` and `unknown` count what could not be put back (`aibridge.wire.turns.Restored`); `notes` say so to the ledger, and
+    why there are no tools.
     """
 
     request: Request
@@ -68,45 +72,46 @@ class Injection:
 
         `scope` keeps conversations of different people apart. Never fails: what cannot be injected into goes as it is.
         """
-        model = request.facts.model or ""
-        if any(pattern.search(model) for pattern in self.skip_models):
-            return Prepared(request)
         try:
             body = decode(request.coding, request.body, MAX_DECODED_REQUEST_BYTES)
-            draft = request.format.turns.read(body)
-            restored = draft.restored(await self._recall(scope, draft.keys))
-            if draft.objection is not None or (draft.is_aside and restored.toolset is None):
-                return _without_tools(request, restored)
-            toolset = await self._toolset(restored, draft)
-            if not toolset:
-                return _without_tools(request, restored)
-            body = request.format.turns.with_tools(restored.body, toolset)
+            draft = await _work(body, request.format.turns.read, body)
+            found = await self._recall(scope, draft.keys[-_MAX_KEYS:])
+            restored = await _work(body, draft.restored, found)
+            toolset, why_not = await self._toolset(request, draft, restored)
+            ready = restored.body
+            if toolset:
+                ready = await _work(body, request.format.turns.with_tools, ready, toolset)
         except (CodingError, Unreadable) as error:
             return Prepared(request, notes=(f"no tools injected: {error}",))
-        loop = Loop(toolset, draft, self.usage, self.max_turns)
+        if ready != body:
+            request = replace(request, body=ready, coding="", has_tools=bool(toolset))
         return Prepared(
-            replace(request, body=body, coding="", has_tools=True), loop, restored.lost, restored.unknown, _notes(restored)
+            request,
+            Loop(toolset, draft, self.usage, self.max_turns) if toolset else None,
+            restored.lost,
+            restored.unknown if restored.toolset is not None or restored.bound else 0,
+            _notes(why_not, restored),
         )
 
     async def call(self, calls: Sequence[Call], *, seconds_left: float, report: Report) -> Answers:
-        """Run calls, all at once, each id once. `report` is told of each when it ends, also of those that are cancelled."""
-        runs: dict[str, asyncio.Task[Outcome]] = {}
+        """Run calls, all at once, and one that is there twice once: compatible servers repeat ids, but for other calls.
+
+        `report` is told of each when it ends, also of those that are cancelled.
+        """
+        runs: dict[Call, asyncio.Task[Outcome]] = {}
         deadline = time.monotonic() + seconds_left
         answers: list[asyncio.Task[Outcome]] = []
         async with asyncio.TaskGroup() as group:
             for call in calls:
-                task = runs.get(call.id)
-                if task is None:
-                    task = group.create_task(self._run(call, deadline, report))
-                    if call.id:
-                        runs[call.id] = task
-                answers.append(task)
+                if call not in runs or not call.id:
+                    runs[call] = group.create_task(self._run(call, deadline, report))
+                answers.append(runs[call])
         return Answers(tuple(task.result() for task in answers), out_of_time=time.monotonic() >= deadline)
 
-    async def remember(self, scope: str, memory: Memory) -> None:
+    async def remember(self, scope: str, memory: Memory, toolset: Toolset) -> None:
         """Keep what a client was not shown. Without it the conversation goes on, but what was hidden is lost."""
         try:
-            await self.history.remember(scope, memory)
+            await self.history.remember(scope, memory, toolset.encoded)
         except Exception:
             logger.exception("the hidden part of a response could not be kept")
 
@@ -150,50 +155,58 @@ class Injection:
             logger.exception("the hidden parts of a conversation could not be recalled")
             return {}
 
-    async def _toolset(self, restored: Restored, draft: Draft) -> Toolset:
-        """The tools that the conversation has been offered so far, or else those that there are."""
+    async def _toolset(self, request: Request, draft: Draft, restored: Restored) -> tuple[Toolset, str | None]:
+        """The tools that the conversation has been offered so far, or else those that there are; and why none, where it is
+        worth a note.
+        """
+        if draft.objection is not None:
+            return _NONE, draft.objection
         if restored.toolset is not None and (pinned := await self._pinned(restored.toolset)) is not None:
-            return pinned.avoiding(draft.tool_names)
-        if restored.bound:  # its thoughts hold for the tools that it had elsewhere
-            return Toolset(())
+            return pinned.avoiding(draft.tool_names), None
+        if restored.bound:
+            return _NONE, "its thoughts are bound to the tools that it had elsewhere"
+        if draft.is_aside or any(pattern.search(request.facts.model or "") for pattern in self.skip_models):
+            return _NONE, None
         offered = Toolset(self.toolbox.tools())
-        current = offered.avoiding(draft.tool_names)
-        if current.digest != offered.digest:
+        chosen = offered.avoiding(draft.tool_names)
+        if chosen is not offered:
             logger.info("a client has tools with the names of injected ones; those got a number")
-        if current and current.digest not in self._toolsets:
-            try:
-                await self.history.remember_toolset(current.digest, current.encoded)
-            except Exception:
-                logger.exception("a tool set could not be kept")
-            self._toolsets[current.digest] = current
-        return current
+        return chosen, None
 
     async def _pinned(self, digest: str) -> Toolset | None:
-        if digest not in self._toolsets:
+        found = self._toolsets.get(digest)
+        if found is None:
             try:
                 encoded = await self.history.recall_toolset(digest)
-                if encoded is None:
-                    return None
-                self._toolsets[digest] = Toolset.decode(encoded)
+                found = None if encoded is None else Toolset.decode(encoded)
             except Exception:
                 logger.exception("a tool set could not be recalled")
-                return None
-        return self._toolsets[digest]
+            if found is not None:
+                if len(self._toolsets) >= _MAX_TOOLSETS:
+                    self._toolsets.clear()
+                self._toolsets[digest] = found
+        return found
 
 
+_NONE: Final = Toolset(())
+_LARGE: Final = 1024 * 1024
+_MAX_KEYS: Final = 4096  # of the newest turns
+_MAX_TOOLSETS: Final = 64  # that are at hand without a look into the history
 _OUT_OF_TIME: Final = "The time for tools in this turn is used up, so the call was given up."
-_FOREIGN: Final = ("no tools injected: the conversation began elsewhere",)
 
 
-def _without_tools(request: Request, restored: Restored) -> Prepared:
-    """The request as it goes without tools: as it is, unless something of its conversation was put back."""
-    if restored.restored:
-        request = replace(request, body=restored.body, coding="")
-    return Prepared(request, unknown=restored.unknown, notes=_FOREIGN) if restored.bound else Prepared(request)
+async def _work(body: bytes, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Do something with a body. A large one takes up to seconds, in which the event loop goes on."""
+    if len(body) < _LARGE:
+        return function(*args, **kwargs)
+    return await asyncio.to_thread(function, *args, **kwargs)
 
 
-def _notes(restored: Restored) -> tuple[str, ...]:
-    """What the ledger should know of a history that could not be put together again."""
-    lost = (f"hidden parts of {restored.lost} responses are lost",) if restored.lost else ()
-    unknown = (f"{restored.unknown} turns of the model are not known",) if restored.unknown else ()
-    return lost + unknown
+def _notes(why_not: str | None, restored: Restored) -> tuple[str, ...]:
+    """What the ledger should know: why there are no tools, and of a history that could not be put together again."""
+    notes = [] if why_not is None else [f"no tools injected: {why_not}"]
+    if restored.lost:
+        notes.append(f"hidden parts of {restored.lost} responses are lost")
+    if restored.unknown and restored.toolset is not None:
+        notes.append(f"{restored.unknown} turns of the model are not known")
+    return tuple(notes)

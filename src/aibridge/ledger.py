@@ -130,7 +130,7 @@ class Entry:
         self._secrets = secrets
         self._started = time.monotonic()
         self._first_byte: float | None = None
-        self._prompt_recorded = False
+        self._answered = False  # an upstream response was recorded
         self._pending: list[asyncio.Future[None]] = []
         self._lost = False
         self._ended = False
@@ -164,9 +164,9 @@ class Entry:
             "created_at": datetime.now(UTC),
             "provider_response_id": facts.response_id,
         }
-        if not self._prompt_recorded and self._request.prompt is not None:
+        if not self._answered and self._request.prompt is not None:
             self._put(PromptUsage(id=new_id(), prompt=self._request.prompt, **about))
-        self._prompt_recorded = True
+        self._answered = True
         if facts.usage is not None:
             said = {"model": facts.model, "stop_reason": facts.stop_reason, "notes": facts.notes}
             metadata: dict[str, Any] = {key: value for key, value in said.items() if value}
@@ -235,7 +235,8 @@ class Entry:
     def abandon(self) -> None:
         """Whoever was to end the interception has failed: it must not stay open. Does not wait, and not end it twice."""
         if not self._ended:
-            self.record(ResponseFacts(usage=Usage(), completeness="partial"))
+            if not self._answered:
+                self.record(ResponseFacts(usage=Usage(), completeness="partial"))
             self._put_end(End("failed", error="the gateway failed"))
 
     def _put_end(self, end: End) -> None:

@@ -10,7 +10,7 @@ from typing import Final, Protocol
 from aibridge.commands import Relay, Respond
 from aibridge.errors import BridgeError, UpstreamError
 from aibridge.tools import Toolset
-from aibridge.wire.base import Request, ResponseFacts, ResponseFilter
+from aibridge.wire.base import Request, ResponseFacts, ResponseFilter, ToolCall
 from aibridge.wire.coding import CodingError, Decoder, decoder
 from aibridge.wire.observer import MAX_BODY_BYTES, Observer, ResponseHead
 from aibridge.wire.reading import Unreadable
@@ -19,6 +19,7 @@ from aibridge.wire.turns import Draft, Turn, UsagePolicy
 
 _CUT: Final = UpstreamError("The provider's response ended before it was complete.")
 _BOM: Final = b"\xef\xbb\xbf"
+_OF_OTHERS: Final = frozenset({"namespace", "type", "run_by"})
 _DROPPED_WHEN_EDITED: Final = (b"content-length", b"content-encoding")
 
 
@@ -230,8 +231,7 @@ class LoopMerger:
     def facts(self) -> ResponseFacts:
         """What the upstream response said, without the calls of injected tools."""
         facts = self._observer.facts(cut=self.failure is not None)
-        others = tuple(call for call in facts.tool_calls if self._toolset.get(call.name) is None)
-        return replace(facts, tool_calls=others)
+        return replace(facts, tool_calls=tuple(call for call in facts.tool_calls if not self._is_ours(call)))
 
     def begin(self, head: ResponseHead) -> Respond | None:
         """A further upstream response begins. Raises `UpstreamError` where it cannot be read."""
@@ -315,6 +315,10 @@ class LoopMerger:
     def _taken_late(self) -> bytes:
         late, self._late = self._late, b""
         return late
+
+    def _is_ours(self, call: ToolCall) -> bool:
+        """A call in a namespace, of a custom tool, or that the provider runs itself, is of another tool of that name."""
+        return self._toolset.get(call.name) is not None and not _OF_OTHERS & call.details.keys()
 
     def _show(self, frame: Frame) -> bytes:
         try:

@@ -18,6 +18,7 @@ from aibridge.sidecalls import Adapted
 from aibridge.upstream import Body, Upstream, UpstreamRequest, UpstreamResponse
 from aibridge.wire.base import Headers
 from aibridge.wire.coding import CodingError, decode
+from aibridge.wire.observer import MAX_BODY_BYTES
 from aibridge.wire.reading import Unreadable
 
 
@@ -98,8 +99,12 @@ async def _respond_edited(
 ) -> None:
     """Answer with an edited body; with the provider's own where that is nothing that can be edited."""
     pieces: list[bytes] = []
+    size = 0
     while chunk := await waits.wait(response.read()):
         pieces.append(chunk)
+        size += len(chunk)
+        if size > MAX_BODY_BYTES:
+            raise UpstreamError("The provider's response is too large.")
     body = b"".join(pieces)
     headers = to_client(response.head.headers)
     with suppress(CodingError, Unreadable):

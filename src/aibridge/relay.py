@@ -65,8 +65,10 @@ class Interceptor:
         """Serve one request. Raises `BridgeError` where it is refused before anything was sent."""
         body = await client.body(self.max_body_bytes)
         sent = self.format.parse(body, client.header(b"content-encoding"))
-        scope = scope_of(actor, self.provider, self.format)
-        prepared = Prepared(sent) if self.injection is None else await self.injection.prepare(sent, scope)
+        prepared, scope = Prepared(sent), ""
+        if self.injection is not None:
+            scope = scope_of(actor, self.provider, self.format)
+            prepared = await self.injection.prepare(sent, scope)
         request = prepared.request
         if self.provider.ask_for_usage:
             request = self.format.asking_for_usage(request)
@@ -188,8 +190,9 @@ class _Exchange:
                 return self._entry.record(facts)
             case CallTools(response_id, calls):
                 return await self._wait(self._call_tools(response_id, calls))
-            case Remember(memory):
-                return await self._tools.remember(self._scope, memory)
+            case Remember(memory, toolset):
+                keeping = self._interceptor.ledger.carry_out(self._tools.remember(self._scope, memory, toolset))
+                return await self._wait(asyncio.shield(keeping))
             case End():
                 await self._entry.end(command)
                 self._keep_alive_with(b"")

@@ -24,9 +24,9 @@ _RESPONSES: Final = "/v1/responses/"
 class Adapted:
     """How a request differs from what the client sent, and its response from what the provider sends.
 
-    `path` is below the provider's name. `body` is None where the client's goes as it comes; `decoded` says that its content
-    coding is gone. `edit` is for the JSON body of a
-    successful response. `also` are further paths that the same request goes to before; nobody sees their responses.
+    `path` is below the provider's name. `body` is None where the client's goes as it comes; `decoded` says that the content
+    coding that it had is gone. `edit` is for the JSON body of a successful response. `also` are further paths that the same
+    request goes to before; nobody sees their responses.
     """
 
     path: str

@@ -5,7 +5,7 @@ them into what their provider accepts.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -36,9 +36,10 @@ class Toolset:
     A changed set would invalidate the prompt cache, and on current Claude models the thoughts so far (wire.md A6).
     """
 
-    def __init__(self, tools: Iterable[Tool]) -> None:
+    def __init__(self, tools: Iterable[Tool], origin: "Toolset | None" = None) -> None:
         self.tools = tuple(tools)
         self._by_name: Mapping[str, Tool] = {tool.name: tool for tool in self.tools}
+        self._origin = origin
 
     def __len__(self) -> int:
         return len(self.tools)
@@ -49,8 +50,8 @@ class Toolset:
 
     @cached_property
     def encoded(self) -> bytes:
-        """The set as JSON, from which `decode` makes it again."""
-        return msgspec.json.encode(self.tools)
+        """The set as JSON, from which `decode` makes it again: under the names that it had before any client's."""
+        return msgspec.json.encode(self.tools) if self._origin is None else self._origin.encoded
 
     @cached_property
     def digest(self) -> str:
@@ -62,9 +63,11 @@ class Toolset:
         """The set that was encoded. Raises `msgspec.DecodeError`."""
         return cls(msgspec.json.decode(encoded, type=tuple[Tool, ...]))
 
-    def avoiding(self, taken: Iterable[str]) -> "Toolset":
+    def avoiding(self, taken: Collection[str]) -> "Toolset":
         """The set with other names for those that the client's own tools have: a number is put behind them."""
-        used = set(taken)
+        if not any(tool.name in taken for tool in self.tools):
+            return self
+        used = {*taken}
         tools: list[Tool] = []
         for tool in self.tools:
             name, number = tool.name, 2
@@ -73,7 +76,7 @@ class Toolset:
                 number += 1
             used.add(name)
             tools.append(tool if name == tool.name else msgspec.structs.replace(tool, name=name))
-        return Toolset(tools)
+        return Toolset(tools, origin=self)
 
 
 MAX_NAME = 64
@@ -112,7 +115,7 @@ class Media:
     @property
     def described(self) -> str:
         """What stands for it where a provider takes text only."""
-        size = len(self.data) * 3 // 4
+        size = len(self.data.rstrip("=")) * 3 // 4
         return f"[{self.kind} {self.name or ''}: {self.media_type}, {size} bytes; not shown]".replace(" :", ":")
 
 

@@ -31,6 +31,7 @@ _object: Final = msgspec.json.Decoder(dict[str, Raw])
 _array: Final = msgspec.json.Decoder(list[Raw])
 _string: Final = msgspec.json.Decoder(str)
 _integer: Final = msgspec.json.Decoder(int)
+_number: Final = msgspec.json.Decoder(int | float)
 _boolean: Final = msgspec.json.Decoder(bool)
 
 T = TypeVar("T")
@@ -90,6 +91,11 @@ def integer(raw: Raw | None) -> int | None:
     """A count: a JSON integer from 0 to 2**63 - 1, or None for anything else."""
     value = None if raw is None else _decoded(_integer, raw)
     return value if value is not None and 0 <= value <= MAX_INTEGER else None
+
+
+def number(raw: Raw | None) -> int | float | None:
+    """A JSON number's value, such as a cost, or None for anything else."""
+    return None if raw is None else _decoded(_number, raw)
 
 
 def boolean(raw: Raw | None) -> bool | None:

@@ -192,16 +192,19 @@ class TurnFormat(ABC):
         """
 
 
-_STRONG_ID: Final = 8
-_COUNTED: Final = re.compile(r"\D*\d{0,4}")
+# A token of an id that is drawn and not counted: long, or a part of a UUID, or of letters in both cases and digits. Names of
+# tools, which may be part of an id too, are words.
+_DRAWN: Final = re.compile(
+    r"(?=[^\W_]*\d)[^\W_]{20,}|(?=[0-9a-f]*\d)[0-9a-f]{8,}|(?=[^\W_]*\d)(?=[^\W_]*[a-z])(?=[^\W_]*[A-Z])[^\W_]{8,}"
+)
 
 
 def is_strong(identity: str | None) -> bool:
     """Whether an id is one that a provider gives only once.
 
-    Compatible servers repeat ``""``, ``call_0`` (wire.md D3) and what is a name with a number at its end.
+    Compatible servers count, in each conversation anew (``call_0``, ``functions.NAME:0``), or have no ids (wire.md D3).
     """
-    return identity is not None and len(identity) >= _STRONG_ID and _COUNTED.fullmatch(identity) is None
+    return identity is not None and _DRAWN.search(identity) is not None
 
 
 class Prefix:

@@ -5,7 +5,7 @@ from typing import Any, Final
 
 import msgspec
 
-from aibridge.wire.reading import Members, integer, is_null, items, members
+from aibridge.wire.reading import Members, integer, is_null, items, members, number
 from aibridge.wire.turns import UsagePolicy
 
 # The input side of the three protocols, with its breakdowns. All other counters add up over turns under both policies.
@@ -44,12 +44,12 @@ def _merged(usages: Sequence[Members], policy: UsagePolicy) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for name in dict.fromkeys(name for usage in usages for name in usage):
         given = [usage[name] for usage in usages if name in usage and not is_null(usage[name])]
-        if not given:
+        if policy == "last" and name in _INPUT:
+            merged |= {name: usages[-1][name]} if name in usages[-1] else {}
+        elif not given:
             merged[name] = None
-        elif policy == "last" and name in _INPUT:
-            merged[name] = given[-1]
-        elif all(integer(raw) is not None for raw in given):
-            merged[name] = sum(integer(raw) or 0 for raw in given)
+        elif all(number(raw) is not None for raw in given):
+            merged[name] = sum(number(raw) or 0 for raw in given)
         elif all(bytes(raw).startswith(b"{") for raw in given):
             merged[name] = _merged([members(raw) for raw in given], policy)
         elif all(bytes(raw).startswith(b"[") for raw in given):
