@@ -49,10 +49,10 @@ def at_random(stream: bytes) -> Iterable[bytes]:
 
 CUTS: list[Cut] = [at_once, by_byte, at_random]
 
-TIME = call(0, "call_t1mE", "bmcp_s_time", '{"zone": "Europe/Paris"}')
+TIME = call(0, "call_t1mEzO7q", "bmcp_s_time", '{"zone": "Europe/Paris"}')
 TIME_TOO = call(1, "call_time_2", "bmcp_s_time", '{"zone": "\\u00e9"}')
-SHELL = call(0, "call_sh3Ll", "shell", '{"cmd": "ls"}')
-SHELL_LAST = call(2, "call_sh3Ll", "shell", '{"cmd": "ls"}')
+SHELL = call(0, "call_sh3LlQ7xA", "shell", '{"cmd": "ls"}')
+SHELL_LAST = call(2, "call_sh3LlQ7xA", "shell", '{"cmd": "ls"}')
 ERROR: Json = {"error": {"message": "Overloaded", "type": "server_error", "param": None, "code": None}}
 
 
@@ -185,7 +185,7 @@ def test_a_mixed_turn_shows_the_clients_calls_only(cut: Cut) -> None:
     assert names(completion) == ["shell", "shell"]
     assert completion.choices[0].finish_reason == "tool_calls"
     calls = completion.choices[0].message.tool_calls or []
-    assert [entry.id for entry in calls] == ["call_sh3Ll", "call_4"]
+    assert [entry.id for entry in calls] == ["call_sh3LlQ7xA", "call_4"]
     assert b"bmcp" not in stream
 
 
@@ -238,7 +238,7 @@ def test_what_comes_with_the_end_is_not_lost() -> None:
         "logprobs": None,
         "finish_reason": None,
     }
-    assert [entry.id for entry in merging.turn().calls] == ["call_t1mE"]
+    assert [entry.id for entry in merging.turn().calls] == ["call_t1mEzO7q"]
     completion = accumulated(merged(one, spoken("Two.", hop=2)))
     assert texts(completion) == "One.Two."
     assert completion.usage is not None and completion.usage.to_dict() == usage(21, 3)
@@ -288,7 +288,7 @@ def test_usage_on_every_chunk_grows_over_hops() -> None:
 def test_two_calls_of_one_tool() -> None:
     calls = turn_of(spoken(calls=[TIME, TIME_TOO])).calls
     assert [(entry.id, entry.tool.tool, entry.arguments, entry.refusal) for entry in calls] == [
-        ("call_t1mE", "time", '{"zone": "Europe/Paris"}', None),
+        ("call_t1mEzO7q", "time", '{"zone": "Europe/Paris"}', None),
         ("call_time_2", "time", '{"zone": "\\u00e9"}', None),
     ]
 
@@ -345,6 +345,32 @@ def test_servers_that_do_not_number_calls(index: Json) -> None:
         assert [entry.id for entry in turn_of(chunk_of_both).calls] == ["call_1", "call_2"]
 
 
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("id_", ["", "call_1"])
+def test_servers_that_give_every_call_one_index_and_one_id(id_: str, cut: Cut) -> None:
+    """Compatible servers: whole calls, told apart by nothing else. Ids may be empty or repeated (wire.md D3)."""
+    whole_calls = [
+        [{"index": 0, "id": id_, "type": "function", "function": {"name": name, "arguments": arguments}}]
+        for name, arguments in (("bmcp_s_time", '{"a":1}'), ("bmcp_s_time", '{"a":2}'), ("shell", " {}\n"), ("shell", "{}"))
+    ]
+    stream = spoken(calls=whole_calls)
+    assert [entry.arguments for entry in turn_of(stream).calls] == ['{"a":1}', '{"a":2}']
+    completion = accumulated(merged(stream, cut=cut))
+    functions = [entry.function for entry in completion.choices[0].message.tool_calls or [] if entry.type == "function"]
+    assert [(own.name, own.arguments) for own in functions] == [("shell", " {}\n"), ("shell", "{}")]
+
+
+@pytest.mark.parametrize("id_", ["", "call_1"])
+@pytest.mark.parametrize("last", ["", " "])
+def test_servers_that_repeat_a_name_in_every_fragment(id_: str, last: str) -> None:
+    """Braces in a string, and a last fragment that adds nothing, begin no other call."""
+    pieces = ['{"a":"', "{}", "{}", '}"', "}", last]
+    function = {"name": "bmcp_s_time"}
+    fragments = [{"index": 0, "id": id_, "function": function | {"arguments": piece}} for piece in pieces]
+    (found,) = turn_of(spoken(calls=[fragments])).calls
+    assert json.loads(found.arguments) == {"a": "{}{}}"}
+
+
 def test_repeated_ids_and_names_are_one_call() -> None:
     again = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "bmcp_s_time", "arguments": "{"}}
     end = {"index": 0, "id": "", "type": "", "function": {"name": "", "arguments": "}"}}
@@ -373,7 +399,7 @@ def test_the_message_is_put_together() -> None:
     assert message == {
         "role": "assistant",
         "content": "Hi!😀",
-        "tool_calls": [called("call_t1mE", "bmcp_s_time", '{"zone": "Europe/Paris"}')],
+        "tool_calls": [called("call_t1mEzO7q", "bmcp_s_time", '{"zone": "Europe/Paris"}')],
         "reasoning_details": [
             thought | {"text": "Let me.", "signature": "S"},
             {"type": "reasoning.encrypted", "data": "E", "index": 1},

@@ -45,11 +45,11 @@ TURNS = CHAT.turns
 HI: Json = {"role": "user", "content": "Hi"}
 COMPACT, SPACED = (",", ":"), (", ", ": ")
 
-TIME = call(0, "call_t1mE", "bmcp_s_time", '{"zone": "UTC"}')
+TIME = call(0, "call_t1mEzO7q", "bmcp_s_time", '{"zone": "UTC"}')
 LOOK = call(1, "call_look_1", "bmcp_s_look", "")
-SHELL = call(1, "call_sh3Ll", "shell", '{"cmd": "ls"}')
+SHELL = call(1, "call_sh3LlQ7xA", "shell", '{"cmd": "ls"}')
 LAST_LOOK = call(2, "call_l00Kd", "bmcp_s_look", "")
-ANSWERED: Json = {"role": "tool", "tool_call_id": "call_sh3Ll", "content": "a.txt"}
+ANSWERED: Json = {"role": "tool", "tool_call_id": "call_sh3LlQ7xA", "content": "a.txt"}
 
 
 def encoded(*messages: Json, separators: tuple[str, str] = COMPACT, **members: Any) -> bytes:
@@ -159,7 +159,7 @@ def test_tools_that_are_no_array_are_not_edited() -> None:
 def test_a_turn_is_appended() -> None:
     message = b'{ "role":"assistant","content":null,"x":1e400 }'
     answered = answer(Turn((Piece(message),), merged_calls()))
-    result = b'{"role":"tool","tool_call_id":"call_t1mE","content":"time done: {\\"zone\\": \\"UTC\\"}"}'
+    result = b'{"role":"tool","tool_call_id":"call_t1mEzO7q","content":"time done: {\\"zone\\": \\"UTC\\"}"}'
     for body, between in ((b'{"model":"m","messages":[{}]}', b","), (b'{"model":"m", "messages":[{}]}', b", ")):
         assert TURNS.with_turn(body, answered, last=False) == body.replace(b"{}", between.join([b"{}", message, result]))
     with pytest.raises(Unreadable):
@@ -177,7 +177,7 @@ def test_a_turn_is_appended() -> None:
     ],
 )
 def test_what_the_model_reads_of_an_outcome(outcome: Outcome, content: str) -> None:
-    assert outcome_of(outcome) == {"role": "tool", "tool_call_id": "call_t1mE", "content": content}
+    assert outcome_of(outcome) == {"role": "tool", "tool_call_id": "call_t1mEzO7q", "content": content}
 
 
 ALLOWED: Json = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [OWN]}}
@@ -296,7 +296,7 @@ def test_each_request_extends_the_one_before(rewritten: Any, separators: tuple[s
 
 def test_bodies_that_are_no_streams() -> None:
     loop = Loop()
-    first = whole({"content": "A. ", "reasoning": "x", "tool_calls": [called("call_t1mE", "bmcp_s_time")]}, "tool_calls")
+    first = whole({"content": "A. ", "reasoning": "x", "tool_calls": [called("call_t1mEzO7q", "bmcp_s_time")]}, "tool_calls")
     message = replayed(parsed(loop.ask(encoded(HI), [first, whole({"content": "B."}, "stop", 2)])))
     assert message["content"] == "A. B."
     loop.ask(encoded(HI, message, HI), [whole({"content": "C."}, "stop")])
@@ -322,10 +322,10 @@ def mixed_turn(loop: Loop) -> Json:
 def test_parked_results_stand_where_their_calls_do() -> None:
     loop = Loop()
     message = mixed_turn(loop)
-    assert [entry["id"] for entry in message["tool_calls"]] == ["call_sh3Ll"]
+    assert [entry["id"] for entry in message["tool_calls"]] == ["call_sh3LlQ7xA"]
     loop.ask(encoded(HI, message, ANSWERED), [spoken("Done.")])
     said, *results = messages_of(loop.requests[-1])[1:]
-    ids = ["call_t1mE", "call_sh3Ll", "call_l00Kd"]
+    ids = ["call_t1mEzO7q", "call_sh3LlQ7xA", "call_l00Kd"]
     assert [entry["id"] for entry in said["tool_calls"]] == [result["tool_call_id"] for result in results] == ids
     assert results[1] == ANSWERED
 
@@ -335,7 +335,7 @@ def test_parked_results_without_the_clients() -> None:
     loop = Loop()
     loop.ask(encoded(HI, mixed_turn(loop), HI), [spoken("Done.")])
     found = messages_of(loop.requests[-1])
-    assert [message.get("tool_call_id") for message in found[2:]] == ["call_t1mE", "call_l00Kd", None]
+    assert [message.get("tool_call_id") for message in found[2:]] == ["call_t1mEzO7q", "call_l00Kd", None]
 
 
 def test_text_beside_calls_that_a_client_leaves_out() -> None:
@@ -363,6 +363,34 @@ def test_calls_without_ids_are_known_by_what_was_said() -> None:
     assert other.keys[0] != TURNS.read(encoded(HI, {"role": "assistant", "tool_calls": []})).keys[0]
 
 
+@pytest.mark.parametrize("name", ["user", "safety_identifier"])
+def test_what_one_end_user_was_not_shown_another_does_not_get(name: str) -> None:
+    """A service account talks for many people, who may say the same (wire.md B1)."""
+    loop = Loop()
+    script = [spoken("A. ", calls=[TIME]), spoken("B.", hop=2)]
+    users: dict[str, Json] = {"ann": {name: "ann"}, "bob": {name: "bob"}, "nobody": {}}
+    message = replayed(accumulated(loop.ask(encoded(HI, **users["ann"]), script)))
+    drafts = {who: TURNS.read(encoded(HI, message, HI, **user)) for who, user in users.items()}
+    found = {who: draft.restored(loop.memories).restored for who, draft in drafts.items()}
+    assert found == {"ann": 1, "bob": 0, "nobody": 0}
+
+
+SAME_ID = [
+    called("call_sh3LlQ7xA", "shell", '{"cmd": "rm"}'),
+    called("call_sh3LlQ7xA", "bash", '{"cmd": "ls"}'),
+]
+
+
+@pytest.mark.parametrize("other", SAME_ID, ids=["arguments", "name"])
+def test_an_id_that_a_server_gave_twice(other: Json) -> None:
+    """Ids are not globally unique (wire.md D3): in another conversation nothing comes back for an id alone."""
+    loop = Loop()
+    mixed_turn(loop)
+    body = encoded(HI | {"content": "Ho"}, {"role": "assistant", "content": None, "tool_calls": [other]}, ANSWERED)
+    restored = TURNS.read(body).restored(loop.memories)
+    assert (restored.body, restored.restored, restored.unknown) == (body, 0, 1)
+
+
 # --- what the client changed, and what is gone ------------------------------------------------------------------------
 
 
@@ -370,7 +398,9 @@ def hidden_turn(loop: Loop) -> Json:
     return replayed(accumulated(loop.ask(encoded(HI), [spoken("A. ", calls=[TIME]), spoken("B.", hop=2)])))
 
 
-@pytest.mark.parametrize("change", [{"content": "A. C."}, {"content": None}, {"tool_calls": [called("call_x9Yz", "shell")]}])
+@pytest.mark.parametrize(
+    "change", [{"content": "A. C."}, {"content": None}, {"tool_calls": [called("call_x9YzW4pk", "shell")]}]
+)
 def test_the_clients_version_wins_where_it_edited(change: Json) -> None:
     loop = Loop()
     body = encoded(HI, hidden_turn(loop) | change, HI)
@@ -384,6 +414,35 @@ def test_an_edited_mixed_turn() -> None:
     restored = TURNS.read(body).restored(loop.memories)
     assert (restored.body, restored.restored, restored.unknown) == (body, 0, 1)
     assert restored.toolset == TOOLS.digest
+
+
+def test_arguments_that_a_client_cleared() -> None:
+    """The client's version of its own call counts, in the provider's message with the hidden calls around it."""
+    loop = Loop()
+    message = mixed_turn(loop)
+    loop.ask(encoded(HI, message, ANSWERED), [spoken("Done.")])
+    message["tool_calls"][0]["function"]["arguments"] = '{"cmd": "[cleared]"}'
+    loop.ask(encoded(HI, message, ANSWERED), [spoken("Done.")])
+    full, cleared = (messages_of(request)[1:] for request in loop.requests[-2:])
+    before, own, after = cleared[0]["tool_calls"]
+    assert own == called("call_sh3LlQ7xA", "shell", '{"cmd": "[cleared]"}')
+    assert {**cleared[0], "tool_calls": [before, full[0]["tool_calls"][1], after]} == full[0]
+    assert cleared[1:] == full[1:]
+    assert loop.restored is not None and (loop.restored.restored, loop.restored.unknown) == (1, 0)
+
+
+@pytest.mark.parametrize("id_", ["call_sh3LlQ7xA", "call_0"])
+def test_what_a_client_clears_before_it_does_not_count(id_: str) -> None:
+    """Clients clear the results of old calls, and what the calls wrote, to keep a conversation small."""
+    loop = Loop()
+    asked = called(id_, "shell", '{"cmd": "cat a"}')
+    call_, result = {"role": "assistant", "tool_calls": [asked]}, {"role": "tool", "tool_call_id": id_, "content": "a" * 99}
+    script = [spoken("A. ", calls=[TIME]), spoken("B.", hop=2)]
+    message = replayed(accumulated(loop.ask(encoded(HI, call_, result), script)))
+    cleared = {"role": "assistant", "tool_calls": [called(id_, "shell", "{}")]}
+    loop.ask(encoded(HI, cleared, result | {"content": "[cleared]"}, message, HI), [spoken("C.")])
+    assert loop.restored is not None and (loop.restored.restored, loop.restored.unknown) == (1, 1)
+    assert [entry["role"] for entry in messages_of(loop.requests[-1])[3:6]] == ["assistant", "tool", "assistant"]
 
 
 def test_an_edit_before_it_makes_another_conversation() -> None:
@@ -439,7 +498,7 @@ def test_nothing_ended() -> None:
 def test_calls_without_an_outcome_are_forgotten() -> None:
     """No provider takes a call that nobody answered."""
     loop = Loop()
-    cut_short = spoken("B.", calls=[call(0, "call_x9Yz", "bmcp_s_time", '{"a')], hop=2, finish="length")
+    cut_short = spoken("B.", calls=[call(0, "call_x9YzW4pk", "bmcp_s_time", '{"a')], hop=2, finish="length")
     message = hidden_message(loop, [spoken("A. ", calls=[TIME]), cut_short])
     assert message["content"] == "A. B."
     loop.ask(encoded(HI, message, HI), [spoken("C.")])

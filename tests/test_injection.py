@@ -145,13 +145,17 @@ async def test_a_conversation_that_began_elsewhere_keeps_its_thoughts() -> None:
     sent = body("hi", [thinking(), {"type": "text", "text": "Hello!"}], "and?")
     found = await prepared(injection(), sent)
     assert (found.request.body, found.loop) == (sent, None)
-    assert found.notes == ("no tools injected: its thoughts are bound to the tools that it had elsewhere",)
+    assert found.unknown == 1
+    assert found.notes == (
+        "no tools injected: its thoughts are bound to the tools that it had elsewhere",
+        "1 turns of the model are not known",
+    )
 
 
 async def test_a_history_that_its_client_wrote_gets_tools() -> None:
     found = await prepared(injection(), body("hi", [{"type": "text", "text": "Hello!"}], "and?"))
     assert offered(found) == ["bmcp_memory_look"]
-    assert (found.unknown, found.notes) == (0, ()), "nothing of it was ever hidden"
+    assert (found.unknown, found.notes) == (1, ("1 turns of the model are not known",))
 
 
 async def test_what_is_not_known_of_a_conversation_is_noted() -> None:

@@ -89,7 +89,7 @@ class Injection:
             request,
             Loop(toolset, draft, self.usage, self.max_turns) if toolset else None,
             restored.lost,
-            restored.unknown if restored.toolset is not None or restored.bound else 0,
+            restored.unknown,
             _notes(why_not, restored),
         )
 
@@ -207,6 +207,6 @@ def _notes(why_not: str | None, restored: Restored) -> tuple[str, ...]:
     notes = [] if why_not is None else [f"no tools injected: {why_not}"]
     if restored.lost:
         notes.append(f"hidden parts of {restored.lost} responses are lost")
-    if restored.unknown and restored.toolset is not None:
+    if restored.unknown:
         notes.append(f"{restored.unknown} turns of the model are not known")
     return tuple(notes)

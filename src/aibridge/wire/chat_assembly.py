@@ -97,19 +97,26 @@ def injected_tool(call: Members, toolset: Toolset) -> Tool | None:
     return toolset.get(text(members(call.get("function")).get("name")))
 
 
+def arguments_of(given: Raw | None) -> str:
+    """The arguments of a call. Some servers write an object where a string belongs: then its JSON text."""
+    said = text(given)
+    return (source(given) or "") if said is None else said
+
+
 def call_of(entry: Members, tool: Tool) -> Call:
     """The call that an entry of ``tool_calls`` makes of an injected tool."""
-    given = members(entry.get("function")).get("arguments")
-    arguments = text(given)
-    if arguments is None:  # some servers write an object where a string belongs
-        arguments = source(given) or ""
+    arguments = arguments_of(members(entry.get("function")).get("arguments"))
     arguments = arguments if arguments.strip() else "{}"  # wire.md E
-    refusal = None
+    refusal = None if _is_whole(arguments) else "The tool was not called: its arguments are not a whole JSON object."
+    return Call(text(entry.get("id")) or "", tool, arguments, refusal)
+
+
+def _is_whole(arguments: str) -> bool:
     try:
         parse_object(arguments.encode())
     except Unreadable:
-        refusal = "The tool was not called: its arguments are not a whole JSON object."
-    return Call(text(entry.get("id")) or "", tool, arguments, refusal)
+        return False
+    return True
 
 
 def is_error(error: Raw | None) -> bool:
@@ -148,9 +155,20 @@ class Part:
     fragments: list[bytes] = field(default_factory=list)
     id: str = ""
     name: str = ""
+    arguments: list[str] = field(default_factory=list)
     is_function: bool = True
     tool: Tool | None = None
     shown: int | None = None
+
+    def is_followed_by(self, id: str, name: str, arguments: str) -> bool:
+        """Whether a fragment begins another call at the same index: it has a name, and another id or arguments anew."""
+        if not (self.name and name):
+            return False
+        if id and id != self.id:
+            return True
+        # In one call's arguments `}` stands right before `{` in a string only, and then what came so far is not whole.
+        is_seam = bool(self.arguments) and self.arguments[-1].rstrip().endswith("}") and arguments.lstrip().startswith("{")
+        return is_seam and _is_whole("".join(self.arguments))
 
 
 class ChatResponse:
@@ -211,19 +229,20 @@ class ChatResponse:
     def _part(self, raw: bytes, position: int) -> Part:
         """The call that a fragment belongs to, with the fragment in it.
 
-        The index says which (wire.md B2). Compatible servers leave it out, or give every call the same: there a new id
-        together with a name is another call.
+        The index says which (wire.md B2). Compatible servers leave it out, or give every call the same, some without an id.
         """
         written, fragment = without_member(raw, "index"), members(raw)
         function = members(fragment.get("function"))
         id_, name = text(fragment.get("id")) or "", text(function.get("name")) or ""
         index = integer(fragment.get("index"))
         index = position if index is None else index
+        arguments = arguments_of(function.get("arguments"))
         part = self._at.get(index)
-        if part is None or (name and part.name and id_ and id_ != part.id):
+        if part is None or part.is_followed_by(id_, name, arguments):
             part = self._at[index] = Part(index)
             self._parts.append(part)
         part.fragments.append(written)
+        part.arguments += [arguments] if arguments.strip() else []
         part.id, part.name = part.id or id_, part.name or name
         part.is_function = part.is_function and text(fragment.get("type")) in {None, "", "function"}
         part.is_function = part.is_function and "custom" not in fragment

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Raw
 
 from aibridge.tools import Outcome, Text, Tool, Toolset
-from aibridge.wire.chat_assembly import exact_items, exact_members, injected_tool, with_list
+from aibridge.wire.chat_assembly import arguments_of, exact_items, exact_members, injected_tool, with_list
 from aibridge.wire.chat_merging import ChatMerger
 from aibridge.wire.reading import Members, Unreadable, integer, is_null, items, members, text
 from aibridge.wire.splicing import Edit, edited, element_spans, member_span, separator, with_elements, with_member
@@ -31,33 +31,40 @@ from aibridge.wire.turns import (
 
 _STRUCTURED: Final = frozenset({"json_object", "json_schema"})
 
+# Who the client says its end user is: a service account talks for many people.
+_END_USER: Final = ("user", "safety_identifier")
+
 
 class _Hidden(msgspec.Struct, frozen=True, array_like=True):
     """What stands in the conversation in place of the message that the client repeats.
 
-    `parked` has a place for each call of the last message, where some are the client's: the result, or None where the
-    client gives it. Not `whole`: the response broke off after its hidden turns, and what the client has of it goes on.
+    `after` is the key of the conversation before it. `parked` has a place for each call of the last message, where some are
+    the client's: the result, or None where the client gives it. Not `whole`: the response broke off after its hidden turns,
+    and what the client has of it goes on.
     """
 
     messages: tuple[bytes, ...]
+    after: str
     parked: tuple[bytes | None, ...] = ()
     whole: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """A call as a message has it."""
+    """A call as a message has it: `raw` is its JSON text, `meaning` its arguments in one form."""
 
     id: str
     name: str
-    arguments: str
+    meaning: str
+    raw: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class _Replayed:
     """A message of the model in a request: its place, what it says, and the keys under which memories of it may be.
 
-    `begun` is the key of a response that broke off: nobody knows how far the client followed it.
+    `begun` is the key of the conversation before it, and of a response that broke off: nobody knows how far the client
+    followed it.
     """
 
     position: int
@@ -81,16 +88,12 @@ def _text(content: Raw | None) -> str:
 
 def _asked(entries: Sequence[Raw]) -> tuple[_Asked, ...]:
     found = []
-    for entry in map(members, entries):
+    for raw in entries:
+        entry = members(raw)
         what = members(entry.get("custom" if "custom" in entry else "function"))
-        arguments = text(what.get("input" if "custom" in entry else "arguments")) or ""
-        found.append(_Asked(text(entry.get("id")) or "", text(what.get("name")) or "", arguments))
+        meaning = _meaning(arguments_of(what.get("input" if "custom" in entry else "arguments")))
+        found.append(_Asked(text(entry.get("id")) or "", text(what.get("name")) or "", meaning, bytes(raw)))
     return tuple(found)
-
-
-def _words(said: str, calls: Sequence[_Asked]) -> tuple[str, ...]:
-    """What a message of the model says, for a digest."""
-    return ("assistant", said, *(word for call in calls for word in (call.name, _meaning(call.arguments))))
 
 
 def _meaning(arguments: str) -> str:
@@ -105,7 +108,7 @@ def _key(before: Prefix, said: str, calls: Sequence[_Asked]) -> str:
     """What a message will be known by: the ids of its calls, if a provider gives them only once, else all that was said."""
     if calls and all(is_strong(call.id) for call in calls):
         return key_of("calls", json.dumps([call.id for call in calls]))
-    return before.key(*_words(said, calls))
+    return before.key("assistant", said, *(word for call in calls for word in (call.name, call.meaning)))
 
 
 def _is_given(value: Raw | None) -> bool:
@@ -128,9 +131,10 @@ def _objection(top: Members) -> str | None:
 
 
 class ChatDraft(Draft):
-    """A Chat Completions request as the client sent it. `said` is the digest of its conversation.
+    """A Chat Completions request as the client sent it. `said` is the digest of whom it is for and of its conversation.
 
-    System and developer messages are not in the digest: clients keep them up to date (the date, open files).
+    System and developer messages are not in the digest: clients keep them up to date (the date, open files). Nor are the
+    arguments and results of calls, which clients clear when they are old.
     """
 
     def __init__(self, body: bytes) -> None:
@@ -140,6 +144,7 @@ class ChatDraft(Draft):
         self._messages: list[Members] = []
         self._spans: list[tuple[int, int]] = []
         top = members(body)
+        self.said.add(*(text(top.get(name)) or "" for name in _END_USER))
         tools = items(top.get("tools"))
         kinds = (tool.get("function") or tool.get("custom") for tool in map(members, tools))
         self.tool_names = frozenset(name for kind in kinds if (name := text(members(kind).get("name"))) is not None)
@@ -156,14 +161,17 @@ class ChatDraft(Draft):
         start, end = _messages_span(self.body)
         array = self.body[start:end]
         self._spans = [(start + first, start + last) for first, last in element_spans(array)]
-        self._messages = [members(self.body[slice(*span)]) for span in self._spans]
+        self._messages = [exact_members(self.body[slice(*span)]) for span in self._spans]
         for position, message in enumerate(self._messages):
             role, said = text(message.get("role")) or "", _text(message.get("content"))
             if role == "assistant":
-                calls = _asked(items(message.get("tool_calls")))
+                calls = _asked(exact_items(message.get("tool_calls")))
                 key, begun = _key(self.said, said, calls), self.said.key()
                 self._replayed.append(_Replayed(position, said, calls, key, begun, _is_bound(message)))
-                self.said.add(*_words(said, calls))
+                self.said.add(role, said, *(call.id if is_strong(call.id) else call.name for call in calls))
+            elif role == "tool":
+                asked = text(message.get("tool_call_id")) or ""
+                self.said.add(role, asked if is_strong(asked) else "")
             elif role not in {"system", "developer"}:
                 self.said.add(role, said)
 
@@ -190,7 +198,7 @@ class ChatDraft(Draft):
     def _edits(self, replayed: _Replayed, hidden: _Hidden, between: bytes) -> Iterator[Edit]:
         """What puts the hidden messages in the place of one, and parked results among the client's own."""
         start, end = self._spans[replayed.position]
-        messages = list(hidden.messages)
+        messages = _with_edited_calls(hidden, replayed)
         if not hidden.whole:
             messages += _rest(self.body[start:end], replayed, _said(hidden.messages))
         given = self._results_after(replayed.position)
@@ -243,12 +251,43 @@ def _said(messages: Sequence[bytes]) -> str:
     return "".join(_text(message.get("content")) for message in found if text(message.get("role")) != "tool").strip()
 
 
+def _calls_of(message: bytes) -> tuple[_Asked, ...]:
+    return _asked(exact_items(exact_members(message).get("tool_calls")))
+
+
+def _own_calls(hidden: _Hidden) -> list[_Asked]:
+    """The calls of the client's tools: they are in the last message."""
+    calls = _calls_of(hidden.messages[-1]) if hidden.parked else ()
+    return [call for call, result in zip(calls, hidden.parked, strict=False) if result is None]
+
+
 def _matches(hidden: _Hidden, replayed: _Replayed) -> bool:
-    """Whether the client repeats what it was shown. Many leave out the text beside calls; its ids have been compared."""
+    """Whether the client repeats what it was shown. Many leave out the text beside calls; some clear old arguments.
+
+    Servers may repeat ids that look like no others (wire.md D3), so other arguments count as edited only where the
+    conversation before them is the same.
+    """
     shown, said = _said(hidden.messages), replayed.said.strip()
     if not hidden.whole:
         return said.startswith(shown)
-    return said == shown or (not said and bool(replayed.calls))
+    own = _own_calls(hidden)
+    if [(call.id, call.name) for call in own] != [(call.id, call.name) for call in replayed.calls]:
+        return False
+    same = [call.meaning for call in own] == [call.meaning for call in replayed.calls]
+    return (same or hidden.after == replayed.begun) and (said == shown or (not said and bool(own)))
+
+
+def _with_edited_calls(hidden: _Hidden, replayed: _Replayed) -> list[bytes]:
+    """The hidden messages, with the client's version of each call whose arguments it has edited."""
+    if not hidden.parked:
+        return [*hidden.messages]
+    *before, last = hidden.messages
+    calls, own = _calls_of(last), iter(replayed.calls)
+    kept = tuple(
+        call if result is not None or (theirs := next(own)).meaning == call.meaning else theirs
+        for call, result in zip(calls, hidden.parked, strict=False)
+    )
+    return [*before, last if kept == calls else with_list(last, "tool_calls", [call.raw for call in kept])]
 
 
 def _rest(message: bytes, replayed: _Replayed, shown: str) -> list[bytes]:
@@ -317,7 +356,7 @@ class ChatTurns(TurnFormat):
                 messages += filter(None, results)
         broke_off = bool(turns) and bool(turns[-1].outcomes) and not turns[-1].turn.awaits_client
         key = draft.said.key() if broke_off else _key(draft.said, said, calls)
-        hidden = _Hidden(tuple(messages), parked, whole=not broke_off)
+        hidden = _Hidden(tuple(messages), draft.said.key(), parked, whole=not broke_off)
         hides = any(answered.outcomes for answered in turns)
         return Memory((key,) if turns else (), toolset.digest, msgspec.msgpack.encode(hidden) if hides else b"")
 
@@ -333,7 +372,7 @@ def _repeated(answered: Answered, toolset: Toolset) -> tuple[bytes, tuple[_Asked
     if not answered.outcomes:
         if len(own) < len(calls):
             message = with_list(message, "tool_calls", [bytes(call) for call in own])
-        return message, _asked(own), ()
+        return message, _asked(own), (None,) * len(own)
     results = iter(_results(answered))
     is_own = [injected_tool(members(call), toolset) is None for call in calls]
     return message, _asked(own), tuple(None if own_call else next(results, None) for own_call in is_own)
