@@ -39,7 +39,7 @@ CONTRACT: Final = {
         *("invocation_error", "metadata", "created_at"),
     },
     "aibridge_model_thoughts": {"id", "interception_id", "content", "metadata", "created_at"},
-    "aibridge_hidden_turns": {"id", "scope", "keys", "toolset", "size", "created_at", "used_at", "data"},
+    "aibridge_hidden_turns": {"id", "scope", "keys", "toolset", "size", "created_at", "used_at", "last_id", "data"},
     "aibridge_hidden_turn_keys": {"scope", "key", "turn"},
     "aibridge_toolsets": {"digest", "used_at", "tools"},
     "aibridge_mcp_tools": {"server", "tool", "digest", "approved_at"},

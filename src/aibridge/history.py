@@ -24,7 +24,7 @@ class History(Protocol):
         """
 
     async def remember(self, scope: str, memory: Memory, toolset: bytes) -> None:
-        """Keep a memory under all its keys, and the encoded tool set that `memory.toolset` is the digest of: both or neither.
+        """Keep a memory under all its keys, and the encoded tool set that `memory.toolset` is the digest of, or neither.
 
         Returns when they are durable.
         """

@@ -20,7 +20,10 @@ def directory_beside(path: Path) -> Path:
 
 
 def identity(path: Path) -> tuple[int, int] | None:
-    """What tells a file from the one that takes its place, should it be deleted while we are connected to it."""
+    """What tells a file from the one that takes its place, should it be deleted while we are connected to it.
+
+    None where there is none. Raises OSError where that cannot be found out, such as for want of permission.
+    """
     try:
         status = path.stat()
     except FileNotFoundError:

@@ -21,6 +21,7 @@ def upgrade() -> None:
         sa.Column("size", sa.BigInteger, nullable=False),
         sa.Column("created_at", sa.Text, nullable=False),
         sa.Column("used_at", sa.Text, nullable=False),
+        sa.Column("last_id", sa.Text),
         sa.Column("data", sa.LargeBinary),
     )
     _create_partial_index("aibridge_hidden_turns_full", ["used_at", "size"], "size > 0")
