@@ -46,7 +46,7 @@ Clock = Callable[[], float]
 TTL_SECONDS: Final = 30 * 24 * 3600.0
 MAX_BYTES: Final = 1024**3
 
-_BUSY_SECONDS: Final = 1.0
+_BUSY_SECONDS: Final = 5.0  # of writers; what is not written then is lost, as there is no spool
 _MAX_BATCH: Final = 100
 _TOUCH_SECONDS: Final = 3600.0
 _PRUNE_SECONDS: Final = 60.0
