@@ -290,14 +290,15 @@ async def test_a_conversation_goes_on_without_what_is_lost(
         assert missed(stage.gateway, provider, reason) == before + 1
         answered, noted = part.scene.ledger().interceptions
         assert "notes" not in answered["metadata"]
-        assert (noted["status"], len(noted["metadata"]["notes"])) == ("completed", 1)
+        assert noted["status"] == "completed"
+        notes = noted["metadata"]["notes"]
         if (protocol, reason) == ("messages", "unknown"):  # it may have begun anywhere, with other tools
             assert INJECTED.encode() not in part.bodies[-1]
-            assert "began elsewhere" in noted["metadata"]["notes"][0]
+            assert len(notes) == 2 and "bound to the tools that it had elsewhere" in notes[0]
             return
         assert member(part.bodies[-1], "tools") == member(part.bodies[0], "tools")
         assert b'"signature"' not in part.bodies[-1]
-        assert re.search("1 (responses are lost|turns of the model are not known)", noted["metadata"]["notes"][0])
+        assert len(notes) == 1 and re.search("1 (responses are lost|turns of the model are not known)", notes[0])
 
         await part.conversation.step(stage.gateway.url, stream=True)
         await part.conversation.step(stage.gateway.url, stream=True)

@@ -6,6 +6,7 @@ accumulated. Where a piece that nobody knows is put is our choice.
 """
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -358,6 +359,7 @@ def after_mixed(*messages: Json) -> list[tuple[str, Any]]:
 
 
 THEIRS = assistant(call("theirs_1"), call("theirs_3"))
+SYSTEM: Json = {"role": "system", "content": "x"}
 TURN = (
     "assistant",
     ["tool_use ours_000", "tool_use theirs_1", "tool_use ours_222", "tool_use theirs_3", "tool_use ours_444"],
@@ -383,7 +385,13 @@ def test_parked_results_stand_where_their_calls_do(message: Json, results: list[
     assert told[1] == ("user", results)
 
 
-@pytest.mark.parametrize("messages", [[], [{"role": "system", "content": "x"}]])
+def test_parked_results_go_past_what_the_system_says() -> None:
+    """A role in the middle of conversations (wire.md A2); the results of a turn stay together all the same."""
+    told = after_mixed(THEIRS, SYSTEM, SYSTEM, user(result("theirs_1"), result("theirs_3")))
+    assert told == [TURN, ("system", "x"), ("system", "x"), ("user", PLACES)]
+
+
+@pytest.mark.parametrize("messages", [[], [SYSTEM]])
 def test_parked_results_without_a_message_to_join(messages: list[Json]) -> None:
     told = after_mixed(THEIRS, *messages)
     assert told[:2] == [TURN, ("user", [PLACES[0], PLACES[2], PLACES[4]])]
@@ -394,6 +402,238 @@ def test_parked_results_beside_content_that_nobody_understands() -> None:
     gateway.ask(asked(QUESTION), MIXED)
     restored = TURNS.read(asked(QUESTION, THEIRS, {"role": "user", "content": 7})).restored(gateway.memories)
     assert restored.body.endswith(b',{"role":"user","content":7}]}')
+
+
+# --- turns that come back in several messages -------------------------------------------------------------------------
+
+
+def drawn(number: int) -> str:
+    """An id that no provider gives twice."""
+    return f"toolu_01AbCdEf{number}"
+
+
+def in_pairs(*groups: list[Json]) -> list[Json]:
+    """What a client does that keeps each call with its result."""
+    ids = [[block["id"] for block in group if block["type"] == "tool_use"] for group in groups]
+    return [
+        message
+        for group, own in zip(groups, ids, strict=True)
+        for message in (assistant(*group), user(*map(result, own), text("Go on.")))
+    ]
+
+
+def test_a_turn_that_comes_back_in_pairs_gets_its_hidden_part_once() -> None:
+    """All results of a turn in the message after it (wire.md A3): what was hidden goes where the turn begins."""
+    hop = Reply([says("Hm."), calls("toolu_hop", NOW)], "tool_use")
+    mixed = Reply([calls(drawn(1), "Read"), calls("toolu_ours", NOW), calls(drawn(2), "Read"), calls("toolu_more", NOW)])
+    gateway = Gateway()
+    gateway.ask(asked(QUESTION), hop, mixed)
+    messages = in_pairs([text("Hm."), call(drawn(1))], [text("New."), call(drawn(2))])
+    restored = TURNS.read(asked(QUESTION, *messages)).restored(gateway.memories)
+    assert (restored.restored, restored.lost, restored.unknown) == (1, 0, 0)
+    assert contents(restored.body)[1:] == [
+        ("assistant", ["text Hm.", "tool_use toolu_hop"]),
+        ("user", ["tool_result toolu_hop"]),
+        ("assistant", [f"tool_use {drawn(1)}", "tool_use toolu_ours", "tool_use toolu_more"]),
+        ("user", [f"tool_result {drawn(1)}", "tool_result toolu_ours", "tool_result toolu_more", "text Go on."]),
+        ("assistant", ["text New.", f"tool_use {drawn(2)}"]),
+        ("user", [f"tool_result {drawn(2)}", "text Go on."]),
+    ]
+
+
+def test_what_broke_off_between_two_messages_of_a_response() -> None:
+    gateway = Gateway()
+    gateway.ask(asked(QUESTION), Reply(FIRST, "tool_use"), Reply(SECOND))
+    body = asked(QUESTION, assistant(thought("sig-1"), text("Hm?")), NEXT, assistant(thought("sig-2"), text("It is")), NEXT)
+    assert contents(TURNS.read(body).restored(gateway.memories).body)[1:] == [
+        ("assistant", ["thinking sig-1", "tool_use toolu_ours"]),
+        HIDDEN,
+        ("assistant", ["text Hm?"]),
+        ("user", ["text And now?"]),
+        ("assistant", ["thinking sig-2", "text It is"]),
+        ("user", ["text And now?"]),
+    ]
+
+
+def test_an_answer_that_the_client_says_twice() -> None:
+    gateway = Gateway()
+    gateway.ask(asked(QUESTION), Reply(FIRST, "tool_use"), Reply(SECOND))
+    said = assistant(thought("sig-1"), text("Let me see."), thought("sig-2"), text("It is noon."))
+    told = contents(TURNS.read(asked(QUESTION, said, NEXT, said, NEXT)).restored(gateway.memories).body)
+    assert told.count(HIDDEN) == 1
+    assert told[5:] == [("assistant", [*told[1][1][:2], *told[3][1]]), ("user", ["text And now?"])]
+
+
+def assert_all_are_answered(body: bytes) -> None:
+    """wire.md A3: the calls of a turn and the results that the message after it begins with. Neighbours of one role are
+    one message (A2).
+    """
+    joined: list[tuple[str, list[str]]] = [("user", [])]
+    for role, told in contents(body):
+        if role == joined[-1][0]:
+            joined[-1][1].extend(told)
+        else:
+            joined.append((role, told))
+    for (role, told), (_, answer) in zip(joined, [*joined[1:], ("user", [])], strict=True):
+        made = [words.split()[1] for words in told if role == "assistant" and words.startswith("tool_use")]
+        results = [words.split()[1] for words in answer if words.startswith("tool_result")]
+        if role == "assistant":
+            assert sorted(made) == sorted(results)
+            assert all(words.startswith("tool_result") for words in answer[: len(results)])
+
+
+@given(
+    st.lists(st.lists(st.sampled_from(["text", "ours"]), max_size=3), max_size=3),
+    st.lists(st.sampled_from(["text", "ours", "theirs", "theirs, and a new message"]), max_size=8),
+)
+def test_however_a_turn_is_split_all_comes_back_once(hops: list[list[str]], mixed: list[str]) -> None:
+    replies: list[Reply] = []
+    groups: list[list[Json]] = [[]]
+    for number, kinds in enumerate([*([*kinds, "ours"] for kinds in hops), [*mixed, "theirs"]]):
+        blocks: list[Said] = []
+        for place, kind in enumerate(kinds):
+            name = drawn(10 * number + place)
+            if kind == "text":
+                blocks.append(says(f"Text {name}"))
+                groups[-1].append(text(f"Text {name}"))
+            elif kind == "ours":
+                blocks.append(calls(name, NOW))
+            else:
+                blocks.append(calls(name, "Read"))
+                groups[-1].append(call(name))
+                groups += [[]] if "new" in kind else []
+        replies.append(Reply(blocks, "tool_use"))
+    gateway = Gateway()
+    gateway.ask(asked(QUESTION), *replies)
+    restored = TURNS.read(asked(QUESTION, *in_pairs(*groups))).restored(gateway.memories).body
+    assert_all_are_answered(restored)
+    told = [words for role, said in contents(restored) for words in said if role == "assistant"]
+    assert sorted(told) == sorted(
+        f"{block['type']} {block.get('id') or block['text']}"
+        for reply in replies
+        for block in (json.loads(said.whole) for said in reply.blocks)
+    )
+
+
+# --- calls that the client edits --------------------------------------------------------------------------------------
+
+WROTE = '{"text":"BIG","n":1,"e":[1E2,{"a":null,"b":true}]}'
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "same"),
+    [
+        ("Write", WROTE, True),
+        ("Write", '{ "e": [100, {"b": true, "a": null}], "n": 1.0, "text": "\\u0042IG" }', True),
+        ("Write", WROTE.replace("BIG", "[cleared]"), False),
+        ("Write", WROTE.replace("true", "1"), False),
+        ("Write", "{}", False),
+        ("Write", '{"text":"\udcff"}', False),  # a byte that is no UTF-8
+        ("Edit", WROTE, False),
+    ],
+    ids=ascii,
+)
+def test_a_call_that_the_client_edited_stays_as_the_client_has_it(name: str, arguments: str, same: bool) -> None:
+    """As those do that clear old calls to save context. JSON written anew says the same (wire.md A6, E), and hidden calls
+    come back in any case.
+    """
+    gateway = Gateway()
+    gateway.ask(asked(QUESTION), Reply(FIRST, "tool_use"), Reply([calls(drawn(1), "Write", WROTE)], "tool_use"))
+    replayed_call = calls(drawn(1), name, arguments).whole.replace(f'"name":"{name}"', f'"name" : "{name}"')
+    body = asked(QUESTION, assistant(thought("sig-1"), "CALL"), user(result(drawn(1))))
+    there = replayed_call.encode("utf-8", "surrogateescape")
+    body = body.replace(b'"CALL"', there)
+    restored = TURNS.read(body).restored(gateway.memories).body
+    written = calls(drawn(1), "Write", WROTE).whole
+    assert (written.encode() if same else there) in restored
+    assert restored.count(b'"tool_use"') == 2 and b'"toolu_ours"' in restored
+
+
+# --- texts that the client joins --------------------------------------------------------------------------------------
+
+HOPS = [
+    Reply([says("Let me look. "), calls("toolu_one", NOW)], "tool_use"),
+    Reply([says("\nStill looking."), calls("toolu_two", NOW)], "tool_use"),
+    Reply([says("It is noon.")]),
+]
+
+
+@pytest.mark.parametrize("between", ["", " ", "\n", "\n\n"])
+@pytest.mark.parametrize("marked", [False, True])
+def test_an_answer_that_is_kept_as_one_string(between: str, marked: bool) -> None:
+    """wire.md D6: visible text is the last resort, and many clients keep no more of an answer."""
+    gateway = Gateway()
+    gateway.ask(asked(QUESTION), *HOPS)
+    said: Any = between.join(["Let me look. ", "\nStill looking.", "It is noon."])
+    said = [{**text(said), "cache_control": MARK}] if marked else said
+    gateway.ask(asked(QUESTION, {"role": "assistant", "content": said}, NEXT), Reply([says("Fine.")]))
+    extend_each_other(gateway.sent)
+    assert gateway.sent[-1].count(b"cache_control") == marked
+    assert gateway.restored[-1].restored == 1
+
+
+@pytest.mark.parametrize("words", ["Let me look. It is noon.", "Let me look. Still looking. It is noon. Or so.", "Let me"])
+def test_an_answer_in_one_string_that_is_another(words: str) -> None:
+    gateway = Gateway()
+    gateway.ask(asked(QUESTION), *HOPS)
+    restored = TURNS.read(asked(QUESTION, assistant(text(words)), NEXT)).restored(gateway.memories)
+    assert (restored.restored, restored.unknown) == (0, 1)
+
+
+def test_only_texts_that_are_next_are_joined() -> None:
+    """Beside a call that is known: what is no text of the response is the client's own."""
+    gateway = Gateway()
+    gateway.ask(asked(QUESTION), *HOPS[:2], Reply([says("I read it."), calls(drawn(1), "Read")], "tool_use"))
+    for words in ("Let me look.Still looking.I read it.", "Let me look. Still"):
+        body = asked(QUESTION, assistant(text(words), call(drawn(1))), user(result(drawn(1))))
+        told = contents(TURNS.read(body).restored(gateway.memories).body)
+        assert told[1] == ("assistant", ["text Let me look." if "read" in words else f"text {words}", "tool_use toolu_one"])
+        assert told[-2] == ("assistant", ["text I read it."] * ("read" in words) + [f"tool_use {drawn(1)}"])
+
+
+# --- for whom -------------------------------------------------------------------------------------------------------------
+
+LEGACY = "user_%s_account_0b5c9a3e-7d7e-4b0e-9a52-0d1f6f7c1a11_session_%s-7d7e-4b0e-9a52-0d1f6f7c1a11"
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "same"),
+    [
+        ("ann", "ann", True),
+        ("ann", "bob", False),
+        ("ann", None, False),
+        (None, None, True),
+        ('{"device_id":"d","session_id":"1"}', '{"session_id":"2", "device_id":"d"}', True),
+        ('{"device_id":"d","session_id":"1"}', '{"device_id":"e","session_id":"1"}', False),
+        (LEGACY % ("ann", "00000000"), LEGACY % ("ann", "11111111"), True),
+        (LEGACY % ("ann", "00000000"), LEGACY % ("bob", "00000000"), False),
+    ],
+)
+def test_the_same_words_of_somebody_else_are_another_conversation(first: str | None, then: str | None, same: bool) -> None:
+    """One key may serve many people; who they are is in `metadata.user_id` (wire.md A2). Its session is another one when
+    Claude Code resumes a conversation (clients.md 2).
+    """
+    for_whom = [{} if user_id is None else {"metadata": {"user_id": user_id}} for user_id in (first, then)]
+    gateway = Gateway()
+    gateway.ask(asked(QUESTION, **for_whom[0]), *HOPS)
+    said = assistant(text("Let me look."), text("Still looking."), text("It is noon."))
+    restored = TURNS.read(asked(QUESTION, said, NEXT, **for_whom[1])).restored(gateway.memories)
+    assert (restored.restored, restored.unknown) == ((1, 0) if same else (0, 1))
+
+
+def test_a_client_that_makes_much_up_costs_what_it_sends() -> None:
+    """Each of its pieces against each of the response's would be nine seconds, and longer for longer responses."""
+    hops = [
+        Reply([*(says(f"{hop}-{place}") for place in range(60)), calls(f"toolu_{hop}", NOW)], "tool_use")
+        for hop in range(30)
+    ]
+    gateway = Gateway(stream=False)
+    gateway.ask(asked(QUESTION), *hops, Reply([calls(drawn(1), "Read")], "tool_use"))
+    made_up = [text(f"u{number}") for number in range(20_000)]
+    draft = TURNS.read(asked(QUESTION, assistant(*made_up, call(drawn(1))), NEXT))
+    begun = time.process_time()
+    assert draft.restored(gateway.memories).restored == 1
+    assert time.process_time() - begun < 3.0  # a tenth of that where this was written
 
 
 # --- what is not remembered -------------------------------------------------------------------------------------------
@@ -465,7 +705,7 @@ def test_what_is_repeated_is_no_key() -> None:
     """Ids such as ``call_0`` and empty ones (wire.md D3)."""
     draft = TURNS.read(asked(QUESTION, assistant(call("call_0"), call(""), text("a")), user(result("call_0"))))
     assert all(key.startswith("said:") for key in draft.keys)
-    draft = TURNS.read(asked(QUESTION, assistant(call("toolu_12345"), {"type": "redacted_thinking", "data": "Zm9v"})))
+    draft = TURNS.read(asked(QUESTION, assistant(call("toolu_01AbCdEf9"), {"type": "redacted_thinking", "data": "Zm9v"})))
     assert [key.partition(":")[0] for key in draft.keys] == ["id", "data"]
 
 
@@ -545,5 +785,6 @@ def test_no_history_is_too_odd(messages: list[Any], forgotten: bool) -> None:
     assert draft.restored({}).body == draft.body
     restored = draft.restored(memories)
     assert "The end" in str(json.loads(restored.body)["messages"][-1]["content"])
+    assert restored.body.count(b'"id":"toolu_ours"') <= 1 >= restored.body.count(b'"tool_use_id":"toolu_ours"')
     if not restored.lost and not restored.restored:
         assert restored.body == draft.body

@@ -1,6 +1,5 @@
 """Anthropic Messages: ``POST /v1/messages``. Facts from wire.md A2 to A10 and D1 to D3."""
 
-import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
@@ -19,14 +18,11 @@ from aibridge.wire.base import (
     WireFormat,
     error_text,
 )
+from aibridge.wire.messages_history import LEGACY_SESSION
 from aibridge.wire.messages_merging import update_usage
 from aibridge.wire.messages_turns import MessagesTurns
 from aibridge.wire.reading import MAX_INTEGER, Members, boolean, integer, items, members, parse_object, source, text
 from aibridge.wire.turns import TurnFormat
-
-# Clients before 2026 put the session into `metadata.user_id` as user_<hash>_account_<uuid>_session_<uuid>, Claude Code now
-# sends a JSON object in a string (clients.md 2).
-_LEGACY_SESSION: Final = re.compile(r"_session_([0-9a-fA-F-]{36})$")
 
 # Members of a tool call that say who runs it and where (wire.md A3).
 _CALL_DETAILS: Final = ("server_name", "toolset_name")
@@ -90,7 +86,7 @@ def _session_id(user_id: str | None) -> str | None:
         return None
     if session := text(members(user_id.encode()).get("session_id")):
         return session
-    match = _LEGACY_SESSION.search(user_id)
+    match = LEGACY_SESSION.search(user_id)
     return match.group(1) if match else None
 
 

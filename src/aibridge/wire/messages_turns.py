@@ -53,7 +53,7 @@ class MessagesTurns(TurnFormat):
         shown = [Block.read(piece.raw) for answered in turns for piece in answered.turn.pieces if piece.call is None]
         hides = any(piece.call is not None for answered in turns for piece in answered.turn.pieces)
         strong = [block.key for block in shown if block.key is not None]
-        keys = dict.fromkeys([*strong, draft.said.key("assistant", *(block.word for block in shown))])
+        keys = dict.fromkeys([*strong, draft.said.key("assistant", (block.word for block in shown))])
         kept = [_kept(answered) for answered in turns]
         return Memory(tuple(keys), toolset.digest, msgspec.msgpack.encode(kept) if hides else b"")
 
