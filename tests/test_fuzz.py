@@ -6,23 +6,26 @@ Truth: our own contracts (``aibridge.conversation``: what may be thrown in, and 
 ``AIBRIDGE_FUZZ_EXAMPLES`` requests and exchanges are tried over the three formats, streamed and blocking: a few with the
 other tests, twenty thousand with ``make fuzz``. They are garbage made of the protocols' own words, recordings of the
 corpus with bytes flipped, left out, repeated or put in, and plain noise; whole or split, compressed, wrongly compressed,
-cut, with the client gone, the process stopping or the ledger failing at any point.
+cut, with the client gone, the process stopping or the ledger failing at any point. The same with injected tools, whose calls
+are among what is garbled: values in events replaced, left out or of another type, events lost, repeated or exchanged.
 """
 
 import itertools
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from random import Random
 from typing import Any, Final
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from aibridge.commands import Abort, Command, End, Receive, Record, Relay, Respond, Send
+from aibridge.commands import Abort, Answers, CallTools, Command, End, Receive, Record, Relay, Remember, Respond, Send
 from aibridge.conversation import converse
 from aibridge.errors import BadRequest, ClientDisconnected, Interrupted, RecordingFailed, UpstreamError
+from aibridge.merger import Loop
+from aibridge.tools import Outcome, Text, Tool, Toolset
 from aibridge.wire import CHAT, Request, ResponseFacts, WireFormat
 from aibridge.wire.coding import CodingError, decode
 from aibridge.wire.observer import Observer, ResponseHead
@@ -30,11 +33,13 @@ from aibridge.wire.reading import MAX_INTEGER
 from aibridge.wire.sse import SseDecoder
 from tests.support.coding import ENCODERS
 from tests.support.dialogue import FORMATS
+from tests.support.injected import QUESTION, Calls, Dialect, Says, Thinks, turn
+from tests.support.injected_dialects import both_ways, each_dialect
 from tests.support.traffic import ALL
 
 EXAMPLES: Final = int(os.environ.get("AIBRIDGE_FUZZ_EXAMPLES", "600"))
 CASES: Final = [(form, stream) for form in FORMATS for stream in (True, False)]
-TESTS: Final = len(CASES) + 2 * len(FORMATS) + 1
+TESTS: Final = 2 * len(CASES) + 2 * len(FORMATS) + 1
 
 FUZZ: Final = settings(max_examples=max(1, EXAMPLES // TESTS), deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -164,6 +169,68 @@ def bodies(form: str, stream: bool) -> st.SearchStrategy[bytes]:
     return made_up | st.builds(mutated, st.sampled_from(recorded), EDITS) | st.binary(max_size=200)
 
 
+TOOL: Final = Tool("bmcp_memory_look", "Looks.", '{"type":"object"}', "memory", "look", "memory:memory")
+TURNS: Final = [
+    turn(1, Thinks("Hm.", "sig"), Says("I look."), Calls("call_a", TOOL.name, '{"for": 1}'), Calls("call_b", TOOL.name)),
+    turn(2, Says("Once more."), Calls("call_c", TOOL.name), Calls("call_d", "mine", '{"x": []}')),
+    turn(3, Says("So.")),
+]
+
+
+class Garbled:
+    """What a provider says in turns with calls of an injected tool, garbled; from a seed, as `Garbage`."""
+
+    def __init__(self, dialect: Dialect, stream: bool) -> None:
+        self._dialect = dialect
+        self._stream = stream
+
+    def __call__(self, seed: int) -> bytes:
+        random = Random(seed)
+        asked = {"stream": self._stream, "stream_options": {"include_usage": True}}
+        said = random.choice(TURNS)
+        events = list(self._dialect.events(said, asked)) if self._stream else [self._dialect.body(said, asked)]
+        for _ in range(random.randrange(4)):
+            at, other = random.randrange(len(events)), random.randrange(len(events))
+            match random.randrange(10):
+                case 0:
+                    events.insert(other, events[at])
+                case 1:
+                    events[at], events[other] = events[other], events[at]
+                case 2:
+                    events[at] = b""
+                case _:
+                    events[at] = self._with_another_value(random, events[at])
+        return b"".join(events)
+
+    def _with_another_value(self, random: Random, event: bytes) -> bytes:
+        before, mark, data = event.rpartition(b"data: ")
+        try:
+            value = json.loads(data)
+        except ValueError:  # nothing, or [DONE]
+            return event
+        parents = [parent for parent in self._inside(value) if parent]
+        if not parents:
+            return event
+        parent = random.choice(parents)
+        place = random.choice(list(parent) if isinstance(parent, dict) else range(len(parent)))
+        if random.randrange(3):
+            parent[place] = random.choice([*ODD, *NUMBERS, [], {}, [None], {"a": 1}, "x"])
+        else:
+            del parent[place]
+        return before + mark + json.dumps(value).encode() + b"\n\n"
+
+    def _inside(self, value: Any) -> Iterator[Any]:
+        if isinstance(value, dict | list):
+            yield value
+            for member in value.values() if isinstance(value, dict) else value:
+                yield from self._inside(member)
+
+
+def turns(dialect: Dialect, stream: bool) -> st.SearchStrategy[bytes]:
+    garbled = st.integers(0, 2**32).map(Garbled(dialect, stream))
+    return garbled | st.builds(mutated, garbled, EDITS)
+
+
 def requests(form: str) -> st.SearchStrategy[bytes]:
     recorded = [recording.request for recording in ALL if recording.format == form]
     return GARBAGE[form] | st.builds(mutated, st.sampled_from(recorded), EDITS) | st.binary(max_size=100)
@@ -199,6 +266,9 @@ MISHAPS: Final = st.builds(
         Mishap(Receive, 3, UpstreamError("x")),
         Mishap(Relay, 1, False),
         Mishap(End, 0, RecordingFailed("x")),
+        Mishap(CallTools, 0, ClientDisconnected()),
+        Mishap(CallTools, 0, Interrupted()),
+        Mishap(Remember, 0, ClientDisconnected()),
     ]
 )
 
@@ -212,8 +282,8 @@ class Exchange:
 
 
 @st.composite
-def exchanges(draw: st.DrawFn, form: str, stream: bool) -> Exchange:
-    body = draw(bodies(form, stream))
+def exchanges(draw: st.DrawFn, said: st.SearchStrategy[bytes], stream: bool) -> Exchange:
+    body = draw(said)
     coding = draw(st.sampled_from(CODINGS) | st.just(""))
     if coding in ENCODERS and draw(st.booleans()):
         body = mutated(ENCODERS[coding](body), draw(EDITS))
@@ -231,21 +301,31 @@ def exchanges(draw: st.DrawFn, form: str, stream: bool) -> Exchange:
     return Exchange(body, head, chunks, draw(st.lists(MISHAPS, max_size=2)))
 
 
-def carry_out(request: Request, exchange: Exchange) -> list[Command]:
+FOUND: Final = Outcome((Text("found"),))
+
+
+def carry_out(request: Request, *script: Exchange, loop: Loop | None = None) -> list[Command]:
     """As the shell does, with everything that may go wrong on the way. The commands in their order."""
-    chunks = iter(exchange.chunks)
+    upcoming = iter(script)
+    mishaps = [mishap for exchange in script for mishap in exchange.mishaps]
+    chunks: Iterator[bytes] = iter(())
     seen: dict[type[Command], int] = {}
     commands: list[Command] = []
-    conversation = converse(request)
+    conversation = converse(request, loop)
     command = next(conversation)
     while True:
         commands.append(command)
         kind = type(command)
         count = seen[kind] = seen.get(kind, -1) + 1
-        answer: Any = {Send: exchange.head, Relay: True}.get(kind)
-        if kind is Receive:
+        answer: Any = True if kind is Relay else None
+        if kind is Send:
+            exchange = next(upcoming)
+            answer, chunks = exchange.head, iter(exchange.chunks)
+        elif kind is Receive:
             answer = next(chunks, b"")
-        for mishap in exchange.mishaps:
+        elif isinstance(command, CallTools):
+            answer = Answers((FOUND,) * len(command.calls))
+        for mishap in mishaps:
             if (mishap.command, mishap.at) == (kind, count):
                 answer = mishap.answer
         try:
@@ -299,7 +379,7 @@ def test_exchanges(form: str, stream: bool) -> None:
     request = FORMATS[form].parse(b'{"model":"m","stream":true}' if stream else b'{"model":"m"}')
 
     @FUZZ
-    @given(exchanges(form, stream))
+    @given(exchanges(bodies(form, stream), stream))
     def check(exchange: Exchange) -> None:
         commands = carry_out(request, exchange)
         check_order(commands)
@@ -320,12 +400,40 @@ def test_exchanges(form: str, stream: bool) -> None:
     check()
 
 
+@each_dialect
+@both_ways
+def test_exchanges_with_injected_tools(dialect: Dialect, stream: bool) -> None:
+    """Nothing is raised, each request is recorded, and what is remembered can be put back into a later one."""
+    form = FORMATS[dialect.format]
+    body = dialect.request(stream=stream, tools=["mine"])
+    loop = Loop(Toolset([TOOL]), form.turns.read(body), max_turns=3)
+    request = form.parse(form.turns.with_tools(body, loop.toolset))
+    said = exchanges(turns(dialect, stream) | bodies(dialect.format, stream), stream)
+    replayed = [item for one in TURNS for item in dialect.appended(one, [(call.id, "found", False) for call in one.calls])]
+    later = form.turns.read(dialect.request([QUESTION, *replayed]))
+
+    @FUZZ
+    @given(st.lists(said, min_size=3, max_size=3))
+    def check(script: Sequence[Exchange]) -> None:
+        commands = carry_out(replace(request, has_tools=True), *script, loop=loop)
+        kinds = [type(command) for command in commands]
+        assert kinds.count(Send) == kinds.count(Record) <= 3
+        assert kinds.count(End) == 1
+        for command in commands:
+            if isinstance(command, Record):
+                check_facts(command.facts)
+            elif isinstance(command, Remember):
+                assert later.restored(dict.fromkeys(later.keys, command.memory)).body
+
+    check()
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_reading_does_not_depend_on_the_split(form: str) -> None:
     """And the observer can be asked at any time."""
 
     @FUZZ
-    @given(exchanges(form, stream=True))
+    @given(exchanges(bodies(form, stream=True), stream=True))
     def check(exchange: Exchange) -> None:
         head = ResponseHead(200, [field for field in exchange.head.headers if field[0] == b"content-encoding"])
         try:
@@ -382,7 +490,7 @@ def test_edited_streams() -> None:
     request = CHAT.asking_for_usage(CHAT.parse(b'{"stream":true}'))
 
     @FUZZ
-    @given(exchanges("chat", stream=True))
+    @given(exchanges(bodies("chat", stream=True), stream=True))
     def check(exchange: Exchange) -> None:
         commands = carry_out(request, exchange)
         check_order(commands)

@@ -315,6 +315,9 @@ FAULT = {"code": "server_error", "message": "It melted."}
         ({"type": "error"}, "error: "),
         (lifecycle("failed", error=FAULT), "server_error: It melted."),
         (lifecycle("failed", error=None), "failed"),
+        ({"type": "response.failed"}, "failed"),
+        ({"type": "response.failed", "response": None}, "failed"),
+        ({"type": "response.failed", "response": {"status": "in_progress"}}, "failed"),
     ],
 )
 def test_errors_in_a_stream(event: Json, error: str) -> None:
@@ -365,6 +368,10 @@ def test_our_own_error_keeps_what_the_provider_said_of_the_response() -> None:
         "status": "failed",
         "error": {"code": "server_error", "message": "Cut."},
     }
+
+
+def test_our_own_error_after_an_event_that_says_nothing_of_the_response() -> None:
+    assert failed_event(CREATED, {"type": "response.in_progress", "response": None})["type"] == "response.failed"
 
 
 def test_our_own_error_stays_on_one_line() -> None:

@@ -413,6 +413,88 @@ def test_rotating_item_ids_pass() -> None:
     assert {event["output_index"] for event in parsed(out) if "output_index" in event} == {0}
 
 
+@splits
+@pytest.mark.parametrize("name", ["bmcp_s_add", "shell"])
+def test_rotating_item_ids_and_no_indexes(split: Split, name: str) -> None:
+    """Nothing tells whose the arguments are, but that they are nobody's whom the client may know."""
+    events = Reply("resp_1", [call("fc_1", "first"), call("fc_2", name)], tools=PLAIN).events()
+    for number, event in enumerate(events):
+        event.pop("output_index", None)
+        if "item_id" in event:
+            event["item_id"] = f"rotating_{number}"
+    data = b"".join(map(sse, events))
+    merger = ResponsesMerger(ASKED, TOOLSET, "sum")
+    merger.begin()
+    decoder = SseDecoder()
+    out = b"".join(merger.read_event(frame) for chunk in split(data) for frame in decoder.feed(chunk)) + merger.finish()
+    if name == "shell":
+        assert out == data
+        return
+    assert [event["type"].rpartition(".")[2] for event in parsed(out)] == [
+        *("created", "in_progress", "added", "delta", "delta", "done", "done", "completed"),
+    ]
+    assert b"fc_2" not in out
+    assert [one.id for one in merger.turn().calls] == ["call_fc_2"]
+
+
+def test_arguments_that_come_before_all_items() -> None:
+    """They wait for what tells whose they are; nothing does."""
+    begin, *events, end = [event for event in ONE_HOP.events() if event["type"] != "response.in_progress"]
+    early = {"type": "response.function_call_arguments.delta", "item_id": "rotating", "delta": '{"a": 1e2}'}
+    out = fed(b"".join(map(sse, [begin, early, *events, end])))
+    assert b"1e2" not in out
+
+
+@pytest.mark.parametrize("item", [{}, {"id": "fc_1", "name": "bmcp_s_add"}, None])
+def test_an_item_that_does_not_say_what_it_is(item: Any) -> None:
+    """It waits until it is done."""
+    begin, others, added, *events = Reply("resp_1", [ours("fc_1")]).events()
+    out = fed(b"".join(map(sse, [begin, others, added | {"item": item}, *events])))
+    assert [event["type"] for event in parsed(out)] == ["response.created", "response.in_progress", "response.completed"]
+    assert b"fc_1" not in out
+
+
+def test_an_item_that_turns_out_to_be_a_call_of_ours() -> None:
+    begin, others, added, *events = Reply("resp_1", [ours("fc_1")]).events()
+    wrong = added | {"item": added["item"] | {"name": "shell"}}
+    merger = ResponsesMerger(ASKED, TOOLSET, "sum")
+    merger.begin()
+    out = b"".join(
+        merger.read_event(frame) for frame in SseDecoder().feed(b"".join(map(sse, [begin, others, wrong, *events])))
+    )
+    assert "response.output_item.done" not in [event["type"] for event in parsed(out)]
+    assert parsed(merger.finish())[-1]["response"]["output"] == []
+    assert [one.id for one in merger.turn().calls] == ["call_fc_1"]
+
+
+@pytest.mark.parametrize("response", [None, False, "x", [], 1])
+@pytest.mark.parametrize("kind", ["error", "response.failed", "response.incomplete", "response.completed"])
+def test_an_end_without_a_response(kind: str, response: Any) -> None:
+    """As if the member was not there: the event goes as it is, in its place in the stream."""
+    events = Reply("resp_1", [message("msg_1", "Hi"), call("fc_1", "shell")], tools=PLAIN).events()
+    data = b"".join(map(sse, [*events[:-1], events[-1] | {"type": kind, "response": response}]))
+    assert fed(data) == data
+    merger = reading(THREE_HOPS[0])
+    merger.begin()
+    for frame in SseDecoder().feed(data):
+        merger.read_event(frame)
+    assert merger.turn().calls == ()
+    assert merger.turn().response_id is None
+    (last,) = parsed(merger.finish())
+    assert (last["type"], last["response"]) == (kind, response)
+
+
+def test_an_end_that_cannot_be_edited_is_no_end() -> None:
+    """It is read or it is not: nothing is raised when it is too late to pass it on."""
+    merger = reading(THREE_HOPS[0])
+    merger.begin()
+    (frame,) = SseDecoder().feed(sse(Reply("resp_2", []).events()[-1]).replace(b'"output":[]', b'"output":[}'))
+    with pytest.raises(Unreadable):
+        merger.read_event(frame)
+    assert merger.finish() == b""
+    assert merger.turn().calls == ()
+
+
 def test_events_without_numbers() -> None:
     """Neither sequence numbers nor output indexes: the item ids tell what belongs together."""
     events = Reply("resp_1", [ours("fc_1"), message("msg_1", "Hi")]).events()

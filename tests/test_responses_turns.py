@@ -6,12 +6,13 @@ Truth: wire.md C1, C5, D4; OpenAI's Python SDK as the client of what comes out.
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
 from aibridge.tools import Media, Outcome, Text, Toolset
 from aibridge.wire import RESPONSES
 from aibridge.wire.reading import Unreadable
-from aibridge.wire.responses_turns import response_key, shown_items, shown_response, upstream_id, upstream_ids
+from aibridge.wire.responses_turns import response_key, shown_items, shown_response, upstream_ids
 from aibridge.wire.turns import Answered, Memory, Piece, Turn
 from tests.support.turns_responses import (
     HIDING,
@@ -203,7 +204,7 @@ def test_a_tool_with_a_name_of_the_clients() -> None:
     """The engine renames ours: what it calls them is then what is hidden."""
     taken = [{"type": "function", "name": "bmcp_s_add", "parameters": {}}]
     bridge = Bridge()
-    items = [call("fc_1_abcdef", "bmcp_s_add"), call("fc_2_abcdef", "bmcp_s_add_2")]
+    items = [call("fc_1_abcdef01", "bmcp_s_add"), call("fc_2_abcdef01", "bmcp_s_add_2")]
     shown = output_of(understood(bridge.ask(body(user("x"), tools=taken), Reply("resp_1", items))))
     assert shown == items[:1]
     assert json.loads(bridge.requests[0])["tools"][1]["name"] == "bmcp_s_add_2"
@@ -217,42 +218,44 @@ def test_the_provider_is_told_its_own_id() -> None:
     bridge = Bridge()
     asked = compact({"input": "x", "model": "m"})  # stored by default (wire.md C1)
     bridge.ask(asked, *HIDING)
-    memory = bridge.memories[response_key("resp_1_abcdef")]
-    assert (upstream_id(memory), upstream_ids(memory)) == ("resp_2_abcdef", ["resp_1_abcdef", "resp_2_abcdef"])
-    again = compact({"previous_response_id": "resp_1_abcdef", "input": [user("And?")]})
+    memory = bridge.memories[response_key("resp_1_abcdef01")]
+    assert (memory.last_id, upstream_ids(memory)) == ("resp_2_abcdef01", ["resp_1_abcdef01", "resp_2_abcdef01"])
+    again = compact({"previous_response_id": "resp_1_abcdef01", "input": [user("And?")]})
     out = bridge.ask(
         again,
-        Reply("resp_3_abcdef", [ours("fc_2_abcdef")], previous="resp_2_abcdef"),
-        Reply("resp_4_abcdef", [message("msg_3", "Ho")], previous="resp_3_abcdef"),
+        Reply("resp_3_abcdef01", [ours("fc_2_abcdef01")], previous="resp_2_abcdef01"),
+        Reply("resp_4_abcdef01", [message("msg_3", "Ho")], previous="resp_3_abcdef01"),
     )
     sent = [json.loads(request) for request in bridge.requests[-2:]]
-    assert [request["previous_response_id"] for request in sent] == ["resp_2_abcdef", "resp_3_abcdef"]
+    assert [request["previous_response_id"] for request in sent] == ["resp_2_abcdef01", "resp_3_abcdef01"]
     assert sent[0]["input"] == [user("And?")]
-    assert [item["call_id"] for item in sent[1]["input"]] == ["call_fc_2_abcdef"]
+    assert [item["call_id"] for item in sent[1]["input"]] == ["call_fc_2_abcdef01"]
     response = understood(out)
-    assert (response.id, response.previous_response_id) == ("resp_3_abcdef", "resp_1_abcdef")
+    assert (response.id, response.previous_response_id) == ("resp_3_abcdef01", "resp_1_abcdef01")
     assert bridge.restored is not None
     assert (bridge.restored.restored, bridge.restored.toolset) == (1, TOOLSET.digest)
 
 
-@pytest.mark.parametrize("given", [[result("call_fc_2_abcdef")], "Forget it", None])
+@pytest.mark.parametrize("given", [[result("call_fc_2_abcdef01")], "Forget it", None])
 def test_results_that_the_provider_has_not_got(given: Any) -> None:
     """After a mixed turn: ours go first, then the client's."""
     bridge = Bridge()
-    bridge.ask(compact({"input": "x", "model": "m"}), Reply("resp_1", [ours("fc_1_abcdef"), call("fc_2_abcdef", "shell")]))
+    bridge.ask(
+        compact({"input": "x", "model": "m"}), Reply("resp_1", [ours("fc_1_abcdef01"), call("fc_2_abcdef01", "shell")])
+    )
     request = {"previous_response_id": "resp_1"} | ({} if given is None else {"input": given})
     bridge.ask(compact(request), Reply("resp_2", []))
     rest = [user(given)] if isinstance(given, str) else given or []
     sent = json.loads(bridge.requests[-1])
-    assert sent["input"] == [result("call_fc_1_abcdef", "Résult of call_fc_1_abcdef \u2028"), *rest]
+    assert sent["input"] == [result("call_fc_1_abcdef01", "Résult of call_fc_1_abcdef01 \u2028"), *rest]
     assert sent["previous_response_id"] == "resp_1"
 
 
 def test_calls_that_were_not_made_are_answered_to_a_provider_that_keeps_them() -> None:
     bridge = Bridge()
-    bridge.ask(compact({"input": "x", "model": "m"}), Reply("resp_1", [ours("fc_1_abcdef")]), max_turns=1)
+    bridge.ask(compact({"input": "x", "model": "m"}), Reply("resp_1", [ours("fc_1_abcdef01")]), max_turns=1)
     bridge.ask(compact({"previous_response_id": "resp_1", "input": [user("And?")]}), Reply("resp_2", []))
-    assert json.loads(bridge.requests[-1])["input"] == [result("call_fc_1_abcdef", "The call was not made."), user("And?")]
+    assert json.loads(bridge.requests[-1])["input"] == [result("call_fc_1_abcdef01", "The call was not made."), user("And?")]
 
 
 def test_a_conversation_of_the_provider() -> None:
@@ -260,14 +263,14 @@ def test_a_conversation_of_the_provider() -> None:
     bridge = Bridge()
     bridge.ask(
         compact({"conversation": "conv_1", "input": "x"}),
-        Reply("resp_1", [ours("fc_1_abcdef"), call("fc_2_abcdef", "shell")]),
+        Reply("resp_1", [ours("fc_1_abcdef01"), call("fc_2_abcdef01", "shell")]),
     )
     bridge.ask(
-        compact({"conversation": {"id": "conv_1"}, "input": [result("call_fc_2_abcdef")]}),
+        compact({"conversation": {"id": "conv_1"}, "input": [result("call_fc_2_abcdef01")]}),
         Reply("resp_2", [message("m", "Ho")]),
     )
     sent = json.loads(bridge.requests[-1])
-    assert [item["call_id"] for item in sent["input"]] == ["call_fc_1_abcdef", "call_fc_2_abcdef"]
+    assert [item["call_id"] for item in sent["input"]] == ["call_fc_1_abcdef01", "call_fc_2_abcdef01"]
     bridge.ask(compact({"conversation": "conv_1", "input": [user("And?")]}), Reply("resp_3", []))
     assert json.loads(bridge.requests[-1])["input"] == [user("And?")]
     assert bridge.restored is not None
@@ -286,31 +289,44 @@ def test_a_response_of_before_that_nobody_remembers() -> None:
     assert (found.lost, found.unknown, found.toolset) == (1, 0, "digest")
 
 
+def test_the_providers_own_id_does_not_expire() -> None:
+    """The data of a memory is dropped for its age; the provider keeps the conversation, and knows it by its own id."""
+    bridge = Bridge()
+    bridge.ask(compact({"input": "x", "model": "m"}), *HIDING)
+    bridge.memories = {key: msgspec.structs.replace(memory, data=None) for key, memory in bridge.memories.items()}
+    bridge.ask(compact({"previous_response_id": "resp_1_abcdef01", "input": [user("And?")]}), Reply("resp_3", []))
+    sent = json.loads(bridge.requests[-1])
+    assert (sent["previous_response_id"], sent["input"]) == ("resp_2_abcdef01", [user("And?")])
+    assert bridge.restored is not None
+    assert (bridge.restored.restored, bridge.restored.lost) == (1, 1)
+    assert upstream_ids(bridge.memories[response_key("resp_1_abcdef01")]) == ["resp_2_abcdef01"]
+
+
 # --- responses that are asked for by their id -------------------------------------------------------------------------
 
 
 def test_a_response_as_the_client_knows_it() -> None:
     bridge = Bridge(stream=False)
     bridge.ask(compact({"input": "x", "model": "m"}), *HIDING)
-    asked = compact({"previous_response_id": "resp_1_abcdef", "input": [user("And?")]})
-    last = Reply("resp_4_abcdef", [message("msg_4", "Ho")], previous="resp_3_abcdef")
+    asked = compact({"previous_response_id": "resp_1_abcdef01", "input": [user("And?")]})
+    last = Reply("resp_4_abcdef01", [message("msg_4", "Ho")], previous="resp_3_abcdef01")
     shown = bridge.ask(
-        asked, Reply("resp_3_abcdef", [reasoning("rs_2"), ours("fc_2_abcdef")], previous="resp_2_abcdef"), last
+        asked, Reply("resp_3_abcdef01", [reasoning("rs_2"), ours("fc_2_abcdef01")], previous="resp_2_abcdef01"), last
     )
-    memory = bridge.memories[response_key("resp_3_abcdef")]
+    memory = bridge.memories[response_key("resp_3_abcdef01")]
     expected = json.loads(shown)
     got = json.loads(shown_response(last.body(), memory, TOOLSET))
     for name in ("id", "output", "previous_response_id", "tools", "status"):
         assert got[name] == expected[name]
-    assert json.loads(shown_response(last.body(), memory))["id"] == "resp_3_abcdef"
+    assert json.loads(shown_response(last.body(), memory))["id"] == "resp_3_abcdef01"
 
 
 def test_a_first_response_has_none_before_it() -> None:
     bridge = Bridge(stream=False)
     bridge.ask(compact({"input": "x", "model": "m"}), *HIDING)
-    memory = bridge.memories[response_key("resp_1_abcdef")]
-    for previous in ("resp_1_abcdef", None):
-        got = json.loads(shown_response(Reply("resp_2_abcdef", [], previous=previous).body(), memory))
+    memory = bridge.memories[response_key("resp_1_abcdef01")]
+    for previous in ("resp_1_abcdef01", None):
+        got = json.loads(shown_response(Reply("resp_2_abcdef01", [], previous=previous).body(), memory))
         assert got["previous_response_id"] is None
 
 
@@ -318,14 +334,14 @@ def test_a_response_that_hid_nothing_is_as_it_is() -> None:
     memory = Memory(("k",), "digest")
     given = Reply("resp_1", [message("m", "Ho")]).body()
     assert shown_response(given, memory) == given
-    assert (upstream_id(memory), upstream_ids(memory)) == (None, [])
+    assert (memory.last_id, upstream_ids(memory)) == (None, [])
     assert shown_items(b'{"data":[1]}', memory) == b'{"data":[1]}'
 
 
 def test_input_items_without_what_was_hidden() -> None:
     bridge = Bridge()
     bridge.ask(compact({"input": "x", "model": "m"}), *HIDING)
-    memory = bridge.memories[response_key("resp_1_abcdef")]
+    memory = bridge.memories[response_key("resp_1_abcdef01")]
     data = [user("x"), *HIDING[0].items[:2], *SECRET, {"type": "x", "call_id": ""}]
     got = json.loads(shown_items(compact({"object": "list", "data": data, "has_more": False}), memory))
     assert got == {"object": "list", "data": [*data[:3], data[-1]], "has_more": False}

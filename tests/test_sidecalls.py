@@ -8,6 +8,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
+import msgspec
 import pytest
 
 from aibridge import Actor, MemoryRecorder, Provider, RequestBridge
@@ -38,7 +39,8 @@ class Stage:
         self.answers: dict[tuple[str, str], Callable[[UpstreamRequest], tuple[int, Any]]] = {}
         self.upstream = MemoryUpstream(self._answer)
         providers = [Provider.anthropic(), Provider.openai()]
-        injection = Injection(MemoryToolbox({"look": look}), MemoryHistory())
+        self.history = MemoryHistory()
+        injection = Injection(MemoryToolbox({"look": look}), self.history)
         self.bridge = RequestBridge(providers, MemoryRecorder(), upstream=self.upstream, injection=injection)
 
     def _answer(self, request: UpstreamRequest) -> MemoryResponse:
@@ -162,6 +164,18 @@ async def test_a_conversation_goes_on_from_the_last_turn(stage: Stage) -> None:
     found = (await stage.ask("POST", "/openai/v1/responses", body)).json()
     assert stage.last_body()["previous_response_id"] == LAST
     assert found["previous_response_id"] == PUBLIC
+
+
+async def test_a_conversation_goes_on_after_its_hidden_part_has_expired(stage: Stage) -> None:
+    await two_turns(stage)
+    for key, memory in stage.history.memories.items():
+        stage.history.memories[key] = msgspec.structs.replace(memory, data=None)
+    stage.will("POST", "/responses", response("resp_33333333", ANSWER, previous_response_id=LAST))
+    body = json.dumps({"model": "gpt", "input": "and?", "previous_response_id": PUBLIC}).encode()
+    await stage.ask("POST", "/openai/v1/responses", body)
+    assert stage.last_body()["previous_response_id"] == LAST
+    stage.will("GET", f"/responses/{LAST}", response(LAST, ANSWER))
+    assert (await stage.ask("GET", f"/openai/v1/responses/{PUBLIC}")).json()["output"] == [ANSWER]
 
 
 async def test_errors_come_as_they_are(stage: Stage) -> None:

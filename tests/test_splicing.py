@@ -19,6 +19,7 @@ from aibridge.wire.splicing import (
     with_elements,
     with_member,
     without_member,
+    written_members,
 )
 
 
@@ -229,3 +230,28 @@ def test_what_cannot_be_measured_is_scanned(body: bytes) -> None:
 def test_repeated_keys_mislead_nobody(pairs: list[tuple[str, Any]]) -> None:
     body = ("{" + ",".join(f"{json.dumps(key)}:{json.dumps(value)}" for key, value in pairs) + "}").encode()
     assert splicing._measured(body) in ([], splicing._scanned(body))
+
+
+# ---- members as they were written ----
+
+
+@pytest.mark.parametrize(
+    ("body", "members"),
+    [
+        (b'{"a":1e400,"b":"\\ud83d"}', {"a": b"1e400", "b": b'"\\ud83d"'}),
+        (b'{"a": [1, 2] ,"a":{}}', {"a": b"{}"}),
+        (b"{}", {}),
+    ],
+)
+def test_members_are_read_as_they_were_written(body: bytes, members: dict[str, bytes]) -> None:
+    assert {name: bytes(raw) for name, raw in written_members(body).items()} == members
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"a":}', b'{"\xff":1', b"{" * 100_000])
+def test_what_has_no_members_is_refused(body: bytes) -> None:
+    with pytest.raises(Unreadable):
+        written_members(body)
+
+
+def test_a_name_that_is_no_text_harms_nobody() -> None:
+    assert len(written_members(b'{"\xff":1}')) == 1

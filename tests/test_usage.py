@@ -96,6 +96,12 @@ def test_costs_add_up(policy: UsagePolicy) -> None:
     assert merged([{"cost": 0.5}, {"cost": 0.25}], policy) == {"cost": 0.75}
 
 
+@pytest.mark.parametrize("policy", ["sum", "last"])
+def test_odd_counts_add_up_too(policy: UsagePolicy) -> None:
+    odd = {"input_tokens": 1e30, "output_tokens": 0.5, "total_tokens": 1}
+    assert merged([odd, odd], policy)["total_tokens"] >= 1e30
+
+
 def test_the_last_input_is_the_last_turns_alone() -> None:
     """No detail of an earlier turn beside its figures."""
     assert merged([{"prompt_tokens": 1, "prompt_tokens_details": {"cached_tokens": 1}}, {"prompt_tokens": 2}], "last") == {

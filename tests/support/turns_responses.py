@@ -372,8 +372,8 @@ def answered(*items: Json, outcome: Outcome = FOUR, response_id: str | None = "r
 
 
 HIDING = (
-    Reply("resp_1_abcdef", [reasoning("rs_1_abcdef"), message("msg_1_abcdef", "I look."), ours("fc_1_abcdef")]),
-    Reply("resp_2_abcdef", [message("msg_2_abcdef", "It is 4.")]),
+    Reply("resp_1_abcdef01", [reasoning("rs_1_abcdef01"), message("msg_1_abcdef01", "I look."), ours("fc_1_abcdef01")]),
+    Reply("resp_2_abcdef01", [message("msg_2_abcdef01", "It is 4.")]),
 )
 
-SECRET: list[Json] = [HIDING[0].items[2], result("call_fc_1_abcdef", "Résult of call_fc_1_abcdef \u2028")]
+SECRET: list[Json] = [HIDING[0].items[2], result("call_fc_1_abcdef01", "Résult of call_fc_1_abcdef01 \u2028")]

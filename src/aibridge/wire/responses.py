@@ -116,8 +116,10 @@ class ResponsesReader(ResponseReader):
             self._read_item(integer(event.get("output_index")), members(event.get("item")))
         elif kind == "error":
             self._fail(error_text(event.get("error")) or _flat_error(event))
-        elif "response" in event:
+        elif kind in _TERMINALS or "response" in event:
             self._read_response(members(event.get("response")), ended=kind in _TERMINALS)
+            if kind == "response.failed" and self.error is None:
+                self._fail("failed")
 
     def is_last(self, data: bytes) -> bool:
         """``response.completed`` or another event that carries the final response."""
@@ -159,7 +161,7 @@ class ResponsesReader(ResponseReader):
         return b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n"
 
     def _read_response(self, response: Members, *, ended: bool) -> None:
-        self._response = dict(response)
+        self._response = dict(response) or self._response
         self._id = text(response.get("id")) or self._id
         self._model = text(response.get("model")) or self._model
         if "usage" in response and members(response["usage"]):

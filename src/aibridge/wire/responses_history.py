@@ -5,7 +5,8 @@ replays is recognised by its id, its call id or its encrypted content, and a mes
 because clients drop ids. Facts from wire.md C1, C2, C5 and D6.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -67,20 +68,15 @@ class Item:
         return self.kind.endswith("_call") or self.kind in _BY_THE_MODEL
 
     @property
-    def words(self) -> tuple[str, ...]:
-        """What it adds to the conversation as far as every client repeats it."""
-        if self.kind == "message":
-            return (self.role, self.said) if self.role in ("user", "assistant") and self.said else ()
-        if self.kind.endswith("_call"):
-            return (self.kind, self.marks.get("call", ""))
-        return ()
+    def keys(self) -> list[str]:
+        """What stands for it wherever it is: what is given only once."""
+        return [key_of(mark, value) for mark, value in self.marks.items() if mark == "encrypted" or is_strong(value)]
 
-    def keys(self, prefix: Prefix) -> list[str]:
-        """What stands for an item of the model. A message has no call id, and clients drop its own."""
-        keys = [key_of(mark, value) for mark, value in self.marks.items() if mark == "encrypted" or is_strong(value)]
-        if self.by_model and self.words and not is_strong(self.marks.get("call")):
-            keys.append(prefix.key(*self.words))
-        return keys
+    @property
+    def traces(self) -> Sequence[object]:
+        """What it may be recognised by: items that are the same have one of these in common."""
+        said = (self.kind, self.said if self.kind == "message" else None)
+        return (*self.marks.items(), said) if self.said else (*self.marks.items(),)
 
     def is_same(self, stored: "Item") -> bool:
         """Whether a client means a remembered item by this one."""
@@ -97,6 +93,35 @@ class Item:
         return self.kind == "item_reference" or self.said != stored.said
 
 
+class Said:
+    """What a conversation has said so far, as far as every client repeats it. `start` tells it from others.
+
+    What the model says at a stretch counts as one: clients keep several messages as one string.
+    """
+
+    def __init__(self, start: Sequence[str]) -> None:
+        self._prefix = Prefix()
+        self._prefix.add(*start)
+        self._stretch = hashlib.sha256()
+
+    def add(self, item: Item) -> list[str]:
+        """An item comes next: all that stands for it. A message has no call id, and clients drop its own."""
+        if item.kind == "message" and item.role == "assistant":
+            self._stretch.update(item.said.encode("utf-8", "surrogatepass"))
+            return [*item.keys, self._prefix.key("assistant", self._stretch.hexdigest())] if item.said else item.keys
+        if item.kind == "message" and item.role == "user" and item.said:
+            words = ("user", item.said)
+        elif item.kind.endswith("_call"):
+            words = (item.kind, item.marks.get("call", ""))
+        else:
+            return item.keys
+        self._prefix.add("assistant", self._stretch.hexdigest())
+        self._stretch = hashlib.sha256()
+        weak = [] if item.role == "user" or is_strong(item.marks.get("call")) else [self._prefix.key(*words)]
+        self._prefix.add(*words)
+        return [*item.keys, *weak]
+
+
 def _said(kind: str, item: Members) -> Any:
     match kind:
         case "message":
@@ -109,12 +134,12 @@ def _said(kind: str, item: Members) -> Any:
 
 
 def _message_text(content: Raw | None) -> str:
-    """The words of a message, whose content may be one string, without the space around them."""
-    if (plain := text(content)) is not None:
-        return plain.strip()
-    parts = [members(part) for part in items(content)]
-    words = (text(part.get("text")) or text(part.get("refusal")) or "" for part in parts)
-    return "\n".join(word for word in words if word).strip()
+    """The words of a message, whose content may be one string, without white space: clients trim, and join."""
+    words = text(content)
+    if words is None:
+        parts = [members(part) for part in items(content)]
+        words = "".join(text(part.get("text")) or text(part.get("refusal")) or "" for part in parts)
+    return "".join(words.split())
 
 
 def _decoded(arguments: str) -> Any:
@@ -134,17 +159,12 @@ class ResponsesDraft(Draft):
         self.previous = text(top.get("previous_response_id"))
         self.conversation = conversation_of(top)
         given = member_bytes(body, "input")
-        self.items = [Item.read(raw) for raw in elements(given)]
-        self.words: list[tuple[str, ...]] = [(self.previous or self.conversation or "",)]
-        if (plain := text(top.get("input"))) is not None:
-            self.words.append(("user", plain))
-        self.item_keys: list[list[str]] = []
-        prefix = Prefix()
-        prefix.add(*self.words[0])
-        for item in self.items:
-            self.item_keys.append(item.keys(prefix))
-            prefix.add(*item.words)
-            self.words.append(item.words)
+        self.items = [Item.read(raw) for raw in elements(input_array(body))]
+        # One actor may be a service that speaks for many people, who say the same to it.
+        person = [text(top.get(name)) or "" for name in ("user", "safety_identifier")]
+        self._start = (*person, self.previous or self.conversation or "")
+        said = Said(self._start)
+        self.item_keys = [said.add(item) for item in self.items]
         self.keys = tuple(dict.fromkeys((*self.state_keys, *(key for keys in self.item_keys for key in keys))))
         added = [tool for raw in elements(given) for tool in items(members(raw).get("tools"))]
         tools = [members(tool) for tool in (*items(top.get("tools")), *added)]
@@ -159,6 +179,13 @@ class ResponsesDraft(Draft):
         if self.previous is not None:
             return [response_key(self.previous)]
         return [] if self.conversation is None else [key_of("conversation", self.conversation)]
+
+    def said(self) -> Said:
+        """All that was said before a response to the request."""
+        said = Said(self._start)
+        for item in self.items:
+            said.add(item)
+        return said
 
     def restored(self, found: Mapping[str, Memory]) -> Restored:
         """The request with what was hidden put back. Raises `aibridge.wire.reading.Unreadable`."""
@@ -183,8 +210,8 @@ class ResponsesDraft(Draft):
         )
 
     def _objection(self, top: Members) -> str | None:
-        given = top.get("input")
-        if not (text(given) or self.items or self.state_keys or is_present(top, "prompt")):
+        said = self.items and text(top.get("input")) != ""
+        if not (said or self.state_keys or is_present(top, "prompt")):
             return "no input"
         if boolean(top.get("background")):
             return "runs in the background"
@@ -194,14 +221,13 @@ class ResponsesDraft(Draft):
 
     def _continued(self, memory: Memory | None, toolset: str | None) -> Restored:
         """The request goes on from what the provider keeps, under the id that the provider knows."""
-        kept = kept_of(memory)
+        pending = kept_of(memory).pending
         body = self.body
-        if self.previous is not None and kept.ids:
-            body = with_member(body, "previous_response_id", json_string(kept.ids[-1]))
-        if kept.pending:
-            array = input_array(body)
-            rest = elements(array)
-            body = with_member(body, "input", with_elements(b"[]", (*kept.pending, *rest), separator(body)))
+        if self.previous is not None and memory is not None and memory.last_id is not None:
+            body = with_member(body, "previous_response_id", json_string(memory.last_id))
+        if pending:
+            rest = elements(input_array(body))
+            body = with_member(body, "input", with_elements(b"[]", (*pending, *rest), separator(body)))
         return Restored(
             body,
             toolset,
@@ -239,16 +265,16 @@ class ResponsesDraft(Draft):
         edits: list[Edit] = []
         for match, (start, end) in zip(matches, element_spans(given), strict=True):
             if match is not None:
-                there = given[start:end] if match.stored is None else match.stored
-                edits.append((start, end, between.join((*match.before, there, *match.after))))
+                there = match.stored or [given[start:end]]
+                edits.append((start, end, between.join((*match.before, *there, *match.after))))
         return edited(self.body, [(*span, edited(given, edits))])
 
 
 @dataclass(slots=True)
 class _Match:
-    """What comes in the place of an item of the client; `stored` is None where its own text stays."""
+    """What comes in the place of an item of the client; `stored` is empty where its own text stays."""
 
-    stored: bytes | None
+    stored: list[bytes]
     before: list[bytes]
     after: list[bytes] = field(default_factory=list)
 
@@ -263,25 +289,56 @@ class _Walk:
         self._entries = kept_of(memory).entries
         self._items = [Item.read(entry.raw) for entry in self._entries]
         self._position = 0
+        self._messages: list[int] = []  # where they stand
+        self._places: dict[object, list[int]] = {}  # where that stands which may be recognised by something
+        for place, item in enumerate(self._items):
+            if item.kind == "message":
+                self._messages.append(place)
+            for trace in () if self._entries[place].hidden else item.traces:
+                self._places.setdefault(trace, []).append(place)
         self.hides = any(entry.hidden for entry in self._entries)
         self.last: _Match | None = None
 
     def take(self, item: Item) -> _Match | None:
-        """What comes in the place of an item, where it is one of the response's that are still to come."""
-        for index in range(self._position, len(self._entries)):
-            entry, stored = self._entries[index], self._items[index]
-            if not entry.hidden and item.is_same(stored):
-                before = self._hidden(index)
-                self._position = index + 1
-                self.last = _Match(None if item.is_edited(stored) else entry.raw, before)
-                self.last.after = self._hidden(self._next_shown())
-                return self.last
-        return None
+        """What comes in the place of an item, where it is one of the response's that are still to come, or several."""
+        places = {place for trace in item.traces for place in self._coming(self._places.get(trace, ()))}
+        place = min((place for place in places if item.is_same(self._items[place])), default=None)
+        if place is not None:
+            return self._match([] if item.is_edited(self._items[place]) else [place], place, place)
+        joined = self._joined(item)
+        if not joined:
+            return None
+        first, last = joined[0], joined[-1]
+        return self._match([at for at in range(first, last + 1) if at in joined or self._entries[at].hidden], first, last)
 
     def end(self) -> None:
         """The client said nothing more of the response: what is left of the hidden follows what it said last."""
         if self.last is not None:
             self.last.after += self._hidden(len(self._entries))
+
+    def _match(self, stored: list[int], first: int, last: int) -> _Match:
+        before = self._hidden(first)
+        self._position = last + 1
+        self.last = _Match([self._entries[place].raw for place in stored], before)
+        self.last.after = self._hidden(self._next_shown())
+        return self.last
+
+    def _joined(self, item: Item) -> list[int]:
+        """The next messages, where this one says what all of them say."""
+        joined: list[int] = []
+        length = 0
+        for place in self._coming(self._messages) if item.kind == "message" and item.said else ():
+            said = self._items[place].said
+            if not item.said.startswith(said, length):
+                break
+            joined.append(place)
+            length += len(said)
+            if length == len(item.said):
+                return joined
+        return []
+
+    def _coming(self, places: Iterable[int]) -> Iterator[int]:
+        return (place for place in places if place >= self._position)
 
     def _hidden(self, end: int) -> list[bytes]:
         found = [entry.raw for entry in self._entries[self._position : end] if entry.hidden]

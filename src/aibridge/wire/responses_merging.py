@@ -14,7 +14,16 @@ import msgspec
 from aibridge.errors import error_type
 from aibridge.tools import Call, Tool, Toolset
 from aibridge.wire.reading import Members, Unreadable, integer, members, parse_object, source, text
-from aibridge.wire.splicing import Edit, edited, element_spans, separator, with_member, with_replaced, written_members
+from aibridge.wire.splicing import (
+    Edit,
+    edited,
+    element_spans,
+    member_span,
+    separator,
+    with_member,
+    with_replaced,
+    written_members,
+)
 from aibridge.wire.sse import Frame
 from aibridge.wire.turns import Piece, Turn, TurnMerger, UsagePolicy
 from aibridge.wire.usage import merged_usage
@@ -53,6 +62,13 @@ def member_bytes(body: bytes, name: str) -> bytes | None:
     """The text of a top-level member as it stands there, which a mended reading of it would not be. Raises `Unreadable`."""
     raw = written_members(body).get(name)
     return None if raw is None else bytes(raw)
+
+
+def object_bytes(body: bytes, name: str) -> bytes | None:
+    """The text of a top-level member that is an object, None for another. Raises `Unreadable` if it cannot be edited."""
+    span = member_span(body, name)
+    found = b"" if span is None else body[slice(*span)]
+    return found if found.startswith(b"{") and separator(found) else None
 
 
 def elements(array: bytes | None) -> list[bytes]:
@@ -97,19 +113,26 @@ class _Hop:
     items: dict[int, bytes] = field(default_factory=dict)  # that are done
     ids: dict[str, int] = field(default_factory=dict)
     waiting: dict[int, list[tuple[Members, Frame]]] = field(default_factory=dict)  # for what tells whose call it is
-    response: bytes | None = None  # the response object with which it ended
+    identity: str | None = None  # of the response that has ended
+    response: bytes | None = None  # what the client may see of the object with which it ended
     whole: bool = False  # it ended as it should
     end: tuple[Members, Frame] | None = None
     rest: list[bytes] = field(default_factory=list)  # what came after the end
 
-    def index_of(self, event: Members, item: Members, *, new: bool) -> int | None:
-        """Which item an event is about: where the server does not say, the one with that id, or a `new` one."""
+    def index_of(self, kind: str, event: Members, item: Members) -> int | None:
+        """Which item an event is about: where the server does not say, the one with that id, or a new one.
+
+        Arguments of nobody are a hidden call's where there is one, or else the newest item's: better too little is shown.
+        """
         index = integer(event.get("output_index"))
         identity = text(event.get("item_id")) or text(item.get("id"))
         if index is None:
             index = self.ids.get(identity or "")
-            if index is None and new:
-                index = max((*self.places, *self.waiting), default=-1) + 1
+        if index is None:
+            newest = max((*self.places, *self.waiting), default=-1)
+            if kind.startswith(_ARGUMENTS):
+                return next((hidden for hidden, place in self.places.items() if place is None), newest)
+            index = newest + 1 if kind in (_ADDED, _DONE) else None
         if index is not None and identity:
             self.ids.setdefault(identity, index)
         return index
@@ -157,7 +180,7 @@ class ResponsesMerger(TurnMerger):
         event = _parsed(frame.data)
         kind = text(event.get("type")) or ""
         if kind in _ENDS:
-            self._end(member_bytes(frame.data, "response"), whole=kind == "response.completed")
+            self._end(object_bytes(frame.data, "response"), whole=kind == "response.completed")
             hop.end = (event, frame)
             return b""
         if members(event.get("response")):
@@ -183,13 +206,13 @@ class ResponsesMerger(TurnMerger):
                 piece.call is None and (is_client_run(item) or text(item.get("type")) == "mcp_approval_request")
                 for piece, (_, item) in zip(pieces, found, strict=True)
             ),
-            text(members(self._hop.response).get("id")),
+            self._hop.identity,
         )
 
     def finish(self) -> bytes:
         """What ends the client's response: the last events of its stream, or the whole body."""
         hop = self._hop
-        response = None if hop.response is None else self._merged(self._echoed(hop.response))
+        response = None if hop.response is None else self._merged(hop.response)
         if hop.end is None:
             return response or b""
         return self._show(*hop.end, response=response) + b"".join(hop.rest)
@@ -215,7 +238,7 @@ class ResponsesMerger(TurnMerger):
         """A response begins once, whatever the number of turns."""
         if kind in _STARTS and self._hop.number > 1:
             return b""
-        raw = member_bytes(frame.data or b"", "response") or b""
+        raw = object_bytes(frame.data or b"", "response") or b""
         self._keep_first(members(event["response"]), raw)
         shown = self._echoed(raw)
         if kind in _STARTS:
@@ -226,20 +249,21 @@ class ResponsesMerger(TurnMerger):
         """Something of an item, which is shown unless it is a call of ours."""
         hop = self._hop
         item = members(event.get("item"))
-        index = hop.index_of(event, item, new=kind in (_ADDED, _DONE))
+        index = hop.index_of(kind, event, item)
         if index is None:
             return self._show(event, frame)
         done = member_bytes(frame.data or b"", "item") if kind == _DONE else None
         if done is not None:
             hop.items[index] = done
         if index not in hop.places:
-            if done is None and (index in hop.waiting or kind.startswith(_ARGUMENTS) or _is_nameless(item)):
+            if done is None and (index in hop.waiting or kind.startswith(_ARGUMENTS) or _is_open(item)):
                 hop.waiting.setdefault(index, []).append((event, frame))
                 return b""
             self._place(index, item)
         waiting = hop.waiting.pop(index, [])
         place = hop.places[index]
-        if place is None:
+        if place is None or self._tool(item) is not None:
+            self._differs = True
             return b""
         if done is not None:
             self._items[place] = done
@@ -273,15 +297,16 @@ class ResponsesMerger(TurnMerger):
 
     def _end(self, response: bytes | None, *, whole: bool) -> None:
         """The response has ended. Items that came in no event of their own are in the last one (wire.md C3)."""
-        hop = self._hop
-        hop.response = response
         if response is None:
             return
+        hop = self._hop
+        output = [(index, raw, members(raw)) for index, raw in enumerate(elements(member_bytes(response, "output")))]
+        hop.response = self._echoed(response)
         end = members(response)
+        hop.identity = text(end.get("id"))
         hop.whole = whole and text(end.get("status")) not in _BROKEN
         if members(end.get("usage")):
             self._usages.append(member_bytes(response, "usage") or b"")
-        output = [(index, raw, members(raw)) for index, raw in enumerate(elements(member_bytes(response, "output")))]
         self._differs = self._differs or any(self._tool(item) is not None for _, _, item in output)
         # Which are new is asked before any is taken in: two of them may have the same call id (wire.md D3).
         for index, raw, item in [one for one in output if one[0] not in hop.items and not hop.knows(one[2])]:
@@ -348,8 +373,10 @@ def _parsed(data: bytes) -> Members:
         return parse_object(data.decode("utf-8", "replace").encode())
 
 
-def _is_nameless(item: Members) -> bool:
-    return text(item.get("type")) == "function_call" and not text(item.get("name"))
+def _is_open(item: Members) -> bool:
+    """Whether it may still turn out to be a call of ours."""
+    kind = text(item.get("type"))
+    return kind is None or (kind == "function_call" and not text(item.get("name")))
 
 
 def _is_whole(arguments: str) -> bool:

@@ -27,9 +27,9 @@ from aibridge.wire.responses_history import (
 )
 from aibridge.wire.responses_merging import ResponsesMerger, member_bytes, without_elements, without_tools
 from aibridge.wire.splicing import separator, with_elements, with_member
-from aibridge.wire.turns import Answered, Draft, Memory, Prefix, TurnFormat, TurnMerger, UsagePolicy
+from aibridge.wire.turns import Answered, Draft, Memory, TurnFormat, TurnMerger, UsagePolicy
 
-__all__ = ["ResponsesTurns", "response_key", "shown_items", "shown_response", "upstream_id", "upstream_ids"]
+__all__ = ["ResponsesTurns", "response_key", "shown_items", "shown_response", "upstream_ids"]
 
 _NOT_MADE: Final = Outcome.failed("The call was not made.")
 
@@ -85,29 +85,18 @@ class ResponsesTurns(TurnFormat):
         keys = [response_key(ids[0])] if ids else []
         if draft.conversation is not None:
             keys += draft.state_keys
-        prefix = Prefix()
-        for words in draft.words:
-            prefix.add(*words)
-        for entry in entries:
-            if not entry.hidden:
-                item = Item.read(entry.raw)
-                keys += item.keys(prefix)
-                prefix.add(*item.words)
+        said = draft.said()
+        keys += [key for entry in entries if not entry.hidden for key in said.add(Item.read(entry.raw))]
+        last_id = ids[-1] if ids[:1] != ids[-1:] else None
         data = b""
-        if pending or ids[:1] != ids[-1:] or any(entry.hidden for entry in entries):
+        if pending or last_id is not None or any(entry.hidden for entry in entries):
             data = msgspec.msgpack.encode(Kept(ids, draft.previous, tuple(entries), tuple(pending)))
-        return Memory(tuple(dict.fromkeys(keys)), toolset.digest, data)
-
-
-def upstream_id(memory: Memory) -> str | None:
-    """The id under which the provider knows the end of a response; None where it is the one that the client knows."""
-    ids = upstream_ids(memory)
-    return ids[-1] if len(ids) > 1 else None
+        return Memory(tuple(dict.fromkeys(keys)), toolset.digest, data, last_id)
 
 
 def upstream_ids(memory: Memory) -> list[str]:
-    """The ids of all the provider's responses that the client knows as one; none where they are not remembered."""
-    return list(kept_of(memory).ids)
+    """The ids of the provider's responses that the client knows as one: only the last where the others were dropped."""
+    return list(kept_of(memory).ids) or ([] if memory.last_id is None else [memory.last_id])
 
 
 def shown_response(body: bytes, memory: Memory, toolset: Toolset | None = None) -> bytes:

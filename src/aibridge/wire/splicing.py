@@ -36,7 +36,7 @@ def written_members(data: bytes) -> Members:
     """
     try:
         return _object.decode(data)
-    except (msgspec.MsgspecError, RecursionError):
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
         return {key: Raw(data[start:end]) for key, _, start, end in _top_level(data)}
 
 

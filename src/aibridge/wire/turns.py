@@ -66,11 +66,14 @@ class Memory(msgspec.Struct, frozen=True):
 
     `keys` stand for what the client will replay of it. `toolset` is the digest of the tools that its conversation was
     offered. `data` is the format's own: empty where nothing was hidden, None where it was and has been dropped since.
+    `last_id` is the id under which the provider knows the end of the response, where that differs from the client's; it does
+    not expire.
     """
 
     keys: tuple[str, ...]
     toolset: str
     data: bytes | None = b""
+    last_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from typing import Any, Final
 
 import msgspec
 
-from aibridge.wire.reading import Members, integer, is_null, items, members, number
+from aibridge.wire.reading import Members, is_null, items, members, number
 from aibridge.wire.turns import UsagePolicy
 
 # The input side of the three protocols, with its breakdowns. All other counters add up over turns under both policies.
@@ -59,5 +59,5 @@ def _merged(usages: Sequence[Members], policy: UsagePolicy) -> dict[str, Any]:
     return merged
 
 
-def _count(value: Any) -> int:
-    return value if isinstance(value, int) else integer(value) or 0
+def _count(value: Any) -> int | float:
+    return value if isinstance(value, int | float) else number(value) or 0
