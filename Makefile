@@ -45,9 +45,10 @@ demo: $(VENV)/.runtime ## play a short conversation with a scripted provider and
 example: $(VENV)/.runtime ## run the example of the library's use
 	@$(BIN)/python example/main.py $(ARGS)
 
+# A file's tests stay together: what some of them play once is judged by many.
 test: $(VENV)/.dev clients ## set up and run all the tests, in parallel, then check the core's coverage (100 % of lines)
 	@rm -f .coverage .coverage.*
-	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup --cov --cov-report= $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --cov --cov-report= $(ARGS)
 	@echo "Coverage of the core:"
 	@$(BIN)/python -m coverage report --include='$(CORE)' --show-missing --skip-covered --fail-under=100
 

@@ -119,6 +119,7 @@ SETTINGS: dict[str, tuple[str, str, Any]] = {
     "mcp.servers.time.refresh_seconds": ("3", "3", 3.0),
     "mcp.servers.time.max_concurrent_calls": ("4", "4", 4),
     "mcp.servers.time.max_result_bytes": ("5", "5", 5),
+    "mcp.servers.time.max_tools": ("6", "6", 6),
 }
 # What makes a server complete beside the key under test: those of a `command` need one, the others a `url`.
 OF_A_COMMAND = {"command", "env"}

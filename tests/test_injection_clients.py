@@ -34,9 +34,6 @@ from tests.support.conversations_messages import MessagesSpeech, told, unmarked
 from tests.support.gateway import USER, Gateway, Rows
 from tests.support.provider import Received, Reply, ThreadedProvider
 
-# What is played once is judged by many tests: in one worker.
-pytestmark = pytest.mark.xdist_group("clients")
-
 WITHOUT_CLAUDE: Final = why_not(claude_code.claude)
 WITHOUT_CODEX: Final = why_not(codex.codex)
 needs_claude = pytest.mark.skipif(bool(WITHOUT_CLAUDE), reason=WITHOUT_CLAUDE)

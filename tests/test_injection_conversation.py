@@ -44,9 +44,6 @@ from tests.support.conversations_responses import ResponsesClient, ResponsesSpee
 from tests.support.gateway import Gateway, Scene, Stage, staged, wait_until
 from tests.support.provider import WAIT_SECONDS
 
-# What is played once is judged by many tests: in one worker.
-pytestmark = pytest.mark.xdist_group("conversations")
-
 TEN_ROUNDS: Final = (
     Round("1. Hello.", (Hop("Hello. What can I do?"),)),
     Round("2. Add.", (Hop("Let me see.", "It wants a sum.", (add(40001, 1),)), Hop("That was easy.", "Good."))),

@@ -78,6 +78,9 @@ def test_an_error_tells_the_model_and_the_ledger() -> None:
     long = outcome_of(result(text("x" * 5000), is_error=True), ROOM)
     assert long.error == "x" * 500
     assert long.content == (Text("x" * 5000),)
+    hiding = outcome_of(result(text("y" * 495 + "a secret"), is_error=True), ROOM, lambda said: said.replace("secret", "*"))
+    assert hiding.error == "y" * 495 + "a *"
+    assert hiding.content == (Text("y" * 495 + "a secret"),), "the model gets what the tool says"
     silent = outcome_of(result(types.ImageContent(data=PIXEL, mime_type="image/png"), is_error=True), ROOM)
     assert silent.error == "The tool failed."
 
@@ -93,15 +96,33 @@ def test_what_is_too_large_is_cut_and_says_so() -> None:
     assert outcome_of(result(text("x" * 100)), 10).content == (Text("x" * 10 + "\n[cut: 100 bytes, of which 10 are here]"),)
     image = types.ImageContent(data="A" * 400, mime_type="image/png")
     noted = Text("[image: image/png, 300 bytes; not shown]")
-    assert outcome_of(result(image, text("after")), 100).content == (noted, Text("after"))
+    assert outcome_of(result(image), 100).content == (noted,)
+    assert outcome_of(result(text("a"), image, text("b"), text("c")), 100).content == (
+        Text("a"),
+        noted,
+        Text("(2 more pieces left out)"),
+    )
     assert outcome_of(result(text("é")), 1).content == (Text("[cut: 2 bytes, of which 0 are here]"),)
 
 
 @given(st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=5), st.integers(min_value=1, max_value=50))
 def test_texts_are_bounded_and_begin_as_they_were(texts: list[str], room: int) -> None:
     found = outcome_of(result(*map(text, texts)), room)
-    notes = 60 * len(texts)
+    notes = 60 + 30  # of what was cut, and of what was left out
     assert sum(len(piece.text.encode()) for piece in found.content if isinstance(piece, Text)) <= room + notes
     if sum(len(said.encode()) for said in texts) <= room:
         assert found.content == tuple(map(Text, texts))
     assert all(isinstance(piece, Text) and piece.text.strip() for piece in found.content)
+
+
+def test_pieces_are_counted() -> None:
+    found = outcome_of(result(text("x" * ROOM), *[text("a")] * 200_000), ROOM).content
+    assert found[1:] == (Text("\n[cut: 1 bytes, of which 0 are here]".strip()), Text("(199999 more pieces left out)"))
+    found = outcome_of(result(*[text("a")] * 2_000), ROOM).content
+    assert found[1000:] == (Text("(1000 more pieces left out)"),)
+
+
+def test_what_media_are_called_counts() -> None:
+    named = types.EmbeddedResource(resource=types.BlobResourceContents(uri="file:///" + "a" * ROOM, blob="AAAA"))
+    (noted,) = outcome_of(result(named), ROOM).content
+    assert isinstance(noted, Text) and len(noted.text) == 500

@@ -6,13 +6,18 @@ says when something fails is our choice.
 
 import asyncio
 import logging
+import os
 import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, closing
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import anyio
+import mcp_types as types
 import msgspec
 import pytest
 
@@ -356,6 +361,23 @@ async def test_broken_servers_block_nobody(at: Callable[..., McpServer]) -> None
         assert time.monotonic() - begun < 15
 
 
+async def test_entering_can_be_given_up(tmp_path: Path) -> None:
+    """Nothing of what was started stays, and it does not take as long as a start may."""
+    told = tmp_path / "pid"
+    script = f"import os, pathlib, time; pathlib.Path({str(told)!r}).write_text(str(os.getpid())); time.sleep(600)"
+    silent = McpServer(command=(sys.executable, "-c", script), start_timeout=600)
+    entering = asyncio.create_task(McpProxy({"a": silent}).__aenter__())
+    await until(lambda: told.exists() and told.read_text())
+    begun = time.monotonic()
+    entering.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await entering
+    assert time.monotonic() - begun < 8
+    assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("MCP server")]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(told.read_text()), 0)
+
+
 async def test_a_server_that_comes_late_is_connected_in_the_background() -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as reserved:
         process = server("sdk", "http", port=reserved.getsockname()[1])
@@ -448,6 +470,77 @@ async def test_the_list_is_read_again_now_and_then() -> None:
             await until(lambda: any(tool.tool == "grown" for tool in found.tools()))
 
 
+class TimedApprovals(MemoryApprovals):
+    """Approvals that note when they are asked for, which is with each listing, and take their time to write the second."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        super().__init__()
+        self.asked: list[float] = []
+        self.seconds = seconds
+
+    async def approved(self) -> Mapping[tuple[str, str], str]:
+        self.asked.append(time.monotonic())
+        return await super().approved()
+
+    async def trust(self, digests: Mapping[tuple[str, str], str]) -> None:
+        if self.digests:
+            await asyncio.sleep(self.seconds)
+        await super().trust(digests)
+
+
+async def test_a_server_that_always_says_that_its_tools_have_changed_has_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aibridge.mcp.servers._CALM_SECONDS", 0.2)
+    approvals = TimedApprovals()
+    settings = McpServer(command=tuple(command("raw", "storm")), start_timeout=30, refresh_seconds=0.8)
+    async with proxy(settings, approvals=approvals) as found:
+        await until(lambda: len(approvals.digests) >= 6)
+        assert len(found.tools()) == 1
+    listings = approvals.asked[::2]  # each has a new tool, so they are asked for again after it was trusted
+    pauses = [late - early for early, late in pairwise(listings)]
+    assert pauses[0] < 0.2 + 1, "the first is looked at soon"
+    assert all(pause >= least for pause, least in zip(pauses[1:], (0.2, 0.4, 0.8, 0.8), strict=False)), pauses
+
+
+async def test_our_own_database_is_no_fault_of_the_server(at: Callable[..., McpServer]) -> None:
+    """It may take longer than a server may for its list: calls under way go on."""
+    with server("sdk", "http") as process:
+        async with proxy(McpServer(url=process.url, start_timeout=0.5), approvals=TimedApprovals(seconds=1.0)) as found:
+            slow = asyncio.create_task(call(found, "slow", seconds=2))
+            await call(found, "change")
+            assert said(await slow) == "done"
+            assert state(found).state == "connected"
+            assert any(tool.tool == "appearing" for tool in found.tools())
+
+
+async def test_an_approval_beside_a_running_proxy_takes_effect() -> None:
+    with server("sdk", "http") as process:
+        approvals = MemoryApprovals()
+        settings = McpServer(url=process.url, on_change="withhold", refresh_seconds=0.2)
+        async with proxy(settings, approvals=approvals) as found:
+            await call(found, "change")
+            await until(lambda: all(tool.tool != "add" for tool in found.tools()))
+            async with proxy(settings, approvals=approvals) as other:
+                assert await other.approve("a", "add") == ["add"]
+            await until(lambda: any(tool.tool == "add" for tool in found.tools()))
+
+
+async def test_two_that_see_a_tool_first_agree() -> None:
+    """Whoever has approved it first is right, also where the other one has looked before."""
+
+    class Late(MemoryApprovals):
+        async def approved(self) -> Mapping[tuple[str, str], str]:
+            found = await super().approved()
+            await asyncio.sleep(0.05)
+            return found
+
+    approvals = Late()
+    first, second = (McpProxy({"a": McpServer(url="http://h/", on_change="withhold")}, approvals=approvals) for _ in "12")
+    listed = [[types.Tool(name="t", description=said, input_schema={"type": "object"})] for said in ("Good.", "Evil.")]
+    await asyncio.gather(first._listing("a")(listed[0]), second._listing("a")(listed[1]))
+    offered = [tool.description for each in (first, second) for tool in each.tools()]
+    assert len(offered) == len(approvals.digests) == 1
+
+
 async def test_a_changed_tool_is_withheld_until_it_is_approved() -> None:
     with server("sdk", "http") as process:
         approvals = MemoryApprovals()
@@ -479,7 +572,10 @@ class BrokenApprovals:
             return {}
         raise OSError("gone")
 
-    async def approve(self, server: str, tool: str, digest: str) -> None:
+    async def trust(self, digests: Mapping[tuple[str, str], str]) -> None:
+        raise OSError("full")
+
+    async def approve(self, digests: Mapping[tuple[str, str], str]) -> None:
         raise OSError("full")
 
 
@@ -489,7 +585,7 @@ async def test_approvals_that_fail_are_told(
 ) -> None:
     async with proxy(at("modern"), approvals=BrokenApprovals(readable=readable)) as found:
         assert said(await call(found, "add", a=1, b=2)) == "3"
-    assert ("was not approved: OSError" if readable else "cannot be read: OSError") in caplog.text
+    assert ("were not approved: OSError" if readable else "cannot be read: OSError") in caplog.text
 
 
 # ---- what nobody is to see ----
@@ -512,6 +608,27 @@ async def test_secrets_reach_the_server_and_nobody_else(options: tuple[str, ...]
             assert state(found).reason == "HTTP 401 Unauthorized"
     assert SECRET not in repr(seen)
     assert SECRET not in caplog.text
+
+
+async def test_a_failure_is_recorded_without_secrets() -> None:
+    """The model gets what the tool says."""
+    settings = McpServer(command=tuple(command("raw", "secret")), env={"THE_KEY": SECRET}, start_timeout=30)
+    async with proxy(settings) as found:
+        failed = await call(found, "good")
+        assert failed.is_error and str(failed.error).startswith("401 for ***")
+        assert failed.content == (Text(f"401 for {SECRET}\x1b[2J\n\tthe end"),)
+
+
+async def test_the_end_of_a_session_is_no_error_in_the_log(modern: Process, caplog: pytest.LogCaptureFixture) -> None:
+    """What the SDK logs when something arrives for a session that is closed, and what it should."""
+    async with proxy(McpServer(url=modern.url)):
+        pass
+    sdk = logging.getLogger("mcp.client.streamable_http")
+    caplog.clear()
+    for error in (anyio.BrokenResourceError(), anyio.ClosedResourceError(), ValueError("not JSON")):
+        sdk.error("Error parsing SSE message", exc_info=error)
+    sdk.error("Unexpected content type")
+    assert [record.exc_info and record.exc_info[0] for record in caplog.records] == [ValueError, None]
 
 
 async def test_a_commands_words_are_logged_without_secrets(caplog: pytest.LogCaptureFixture) -> None:

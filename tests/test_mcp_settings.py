@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from aibridge.mcp.settings import McpServer, check_name
+from aibridge.mcp.settings import McpServer, check_name, printable
 
 SECRET = "hunter2-and-more"
 
@@ -29,6 +29,7 @@ SECRET = "hunter2-and-more"
         ({"command": ("x",), "deny": ("*",)}, "not a regular expression"),
         ({"command": ("x",), "call_timeout": 0}, "call_timeout must be more than 0"),
         ({"command": ("x",), "max_concurrent_calls": 0}, "max_concurrent_calls must be"),
+        ({"command": ("x",), "max_tools": 0}, "max_tools must be"),
     ],
 )
 def test_what_cannot_be_is_refused(wrong: dict[str, Any], said: str) -> None:
@@ -71,3 +72,10 @@ def test_what_is_masked() -> None:
     assert http.masked(f"a sk-12345 Bearer sk-12345 pass-word {SECRET} 1") == "a *** *** *** *** 1"
     stdio = McpServer(command=("x",), env={"A": "abcd", "B": "abcdefgh", "C": "1"})
     assert stdio.masked("abcdefgh abcd 1") == "*** *** 1"  # the longer secret first
+
+
+def test_what_cannot_be_seen_is_escaped() -> None:
+    """Terminals act on C0 and C1 controls (ECMA-48); the rest could pass for something else."""
+    said = "a\x1b[2J\r\n\x9b1m\u202ebé 漢 \U0001f600"
+    assert printable(said) == "a\\x1b[2J\\r\\n\\x9b1m\\u202ebé 漢 \U0001f600"
+    assert printable("a\n\tb\r", keep="\n\t") == "a\n\tb\\r"

@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from aibridge.cli import main
+from tests.support.mcp_servers import command
 
 TIME = [sys.executable, "-m", "mcp_server_time"]
 SECRET = "hunter2-and-more"
@@ -98,6 +99,39 @@ def test_what_cannot_be_called(arguments: list[str], status: int, said: str) -> 
     configured(time={"command": TIME})
     result = run(*arguments)
     assert result.exit_code == status and said in result.output
+
+
+def test_looking_and_calling_approve_nothing() -> None:
+    configured(time={"command": TIME, "on_change": "withhold"})
+    assert re.search(r"-  convert_time: not approved yet$", run("list").output, re.MULTILINE)
+    assert "not approved yet" in run("call", "time", "get_current_time", '{"timezone": "UTC"}').output
+    assert [path.name for path in Path().iterdir()] == ["aibridge.toml"]
+    assert run("approve", "time", "convert_time").exit_code == 0
+    configured(time={"command": TIME, "on_change": "withhold"})
+    assert "+  convert_time: bmcp_time_convert_time" in run("list").output
+    with closing(sqlite3.connect("aibridge.db")) as database:
+        before = database.execute("SELECT * FROM aibridge_mcp_tools").fetchall()
+        database.execute("DROP TABLE aibridge_mcp_tools")
+    assert before
+    assert run("list").exit_code == 0, "a database of another version is left as it is"
+
+
+def test_definitions_are_shown_on_demand() -> None:
+    configured(time={"command": TIME, "allow": ["^get_"]})
+    assert "IANA timezone" not in run("list").output
+    listed = run("list", "--verbose").output
+    assert re.search(r"^       Get current time", listed, re.MULTILINE)
+    assert json.loads(re.findall(r"^       (\{.*\})$", listed, re.MULTILINE)[0])["type"] == "object"
+
+
+def test_what_servers_say_is_printed_and_not_obeyed() -> None:
+    configured(raw={"command": command("raw", "escapes")})
+    for arguments in (["list"], ["list", "-v"], ["call", "raw", "nope"], ["call", "raw", "t\x1b[1A"], ["approve", "raw"]):
+        output = run(*arguments).output
+        assert re.fullmatch(r"[\x20-\x7e\n\t]*", output), output
+        assert "\\x1b[" in output
+        assert not re.search("^second", output, re.MULTILINE)
+    assert run("call", "raw", "t\x1b[1A").output == "401 for None\\x1b[2J\n\tthe end\n"
 
 
 def test_a_changed_definition_is_shown_and_withheld_until_it_is_approved() -> None:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -31,6 +31,10 @@ def main() -> None:
     """A gateway between AI clients and AI providers that relays faithfully and keeps an honest ledger."""
 
 
+# Beside what we say ourselves they tell of each request to an MCP server, its session, and what it has answered wrong.
+_QUIET: Final = {"alembic": logging.WARNING, "httpx2": logging.WARNING, "mcp": logging.CRITICAL}
+
+
 @main.command()
 @_config
 @click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
@@ -39,7 +43,8 @@ def serve(config: Path | None, host: str | None, port: int | None) -> None:
     """Run the gateway."""
     settings = _load(config, host=host, port=port)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    for library, level in _QUIET.items():
+        logging.getLogger(library).setLevel(level)
     from aibridge.server import serve as run  # noqa: PLC0415  the other commands do not need a server
 
     run(settings)
@@ -76,17 +81,19 @@ def demo(database: Path | None) -> None:
 @main.group()
 def mcp() -> None:
     """Look at the MCP servers whose tools are injected, and try them."""
-    logging.getLogger("aibridge").addHandler(logging.NullHandler())  # what is wrong with a server is printed
+    for talkative in ("aibridge", "mcp"):  # what is wrong with a server is printed
+        logging.getLogger(talkative).addHandler(logging.NullHandler())
 
 
 @mcp.command("list")
 @_config
-def list_tools(config: Path | None) -> None:
+@click.option("-v", "--verbose", is_flag=True, help="With the descriptions and the schemas that models get.")
+def list_tools(config: Path | None, *, verbose: bool) -> None:
     """List the servers, their state and their tools, and why some are left out."""
     settings = _load(config)
     from aibridge.tooling import listed  # noqa: PLC0415
 
-    lines, complete = asyncio.run(listed(settings))
+    lines, complete = asyncio.run(listed(settings, verbose=verbose))
     click.echo("\n".join(lines))
     sys.exit(0 if complete else 1)
 

@@ -239,6 +239,7 @@ class McpServerSettings(_Section):
     refresh_seconds: float = Field(default=300.0, gt=0, description="how often the tools are listed anew")
     max_concurrent_calls: int = Field(default=8, ge=1, description="calls at one time; others wait")
     max_result_bytes: int = Field(default=1_000_000, gt=0, description="size at which results are cut")
+    max_tools: int = Field(default=200, ge=1, description="tools that are offered; those behind them are left out")
 
     @model_validator(mode="after")
     def _can_be(self) -> Self:

@@ -1,8 +1,11 @@
 """The server around the bridge: who may come in, who they are, and the server's own routes; and the process it runs in."""
 
+import asyncio
 import logging
 import re
 import resource
+import socket
+from types import FrameType
 from typing import Any, Final
 
 import msgspec
@@ -19,7 +22,7 @@ from prometheus_client import (
 )
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from aibridge.asgi import ClientConnection, Receive, Scope, Send, path_of
+from aibridge.asgi import ClientConnection, Message, Receive, Scope, Send, path_of
 from aibridge.bridge import RequestBridge
 from aibridge.config import Settings
 from aibridge.errors import BadRequest, BridgeError, HeadersTooLarge, NotAuthenticated, error_body
@@ -58,12 +61,16 @@ class Server:
             max_header_bytes=settings.limits.max_header_bytes,
         )
         self._authenticator = _authenticator(settings)
+        self._starting: asyncio.Task[Any] | None = None
         self._guard = (
             LoopbackGuard([settings.server.host, *settings.server.allowed_hosts]) if settings.server.on_loopback else None
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
+            return
         if scope["type"] != "http":
             await self._bridge(scope, receive, send)
             return
@@ -82,6 +89,22 @@ class Server:
                     await self._bridge(await self._identified(scope), receive, send)
         except BridgeError as error:
             await client.refuse(self._bridge.kind_of(scope), error)
+
+    def give_up(self) -> None:
+        """Start no further, and end what was started. May be called by a signal handler."""
+        if self._starting is not None:
+            self._starting.get_loop().call_soon_threadsafe(self._starting.cancel)
+
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def said(message: Message) -> None:
+            self._starting = None
+            await send(message)
+
+        self._starting = asyncio.current_task()
+        try:
+            await self._bridge(scope, receive, said)
+        except asyncio.CancelledError:
+            await send({"type": "lifespan.startup.failed", "message": "told to stop before the start was complete"})
 
     async def _answer_ready(self, client: ClientConnection) -> None:
         """Whether requests would be served now: not where their start cannot be recorded."""
@@ -141,7 +164,28 @@ def serve(settings: Settings) -> None:
     # A response that is left unfinished is how a client gets to see that the provider's broke off; the relay says so itself.
     logging.getLogger("uvicorn.error").addFilter(lambda line: line.msg != _UNFINISHED)
     disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each one, which nobody reads
-    uvicorn.Server(uvicorn_config(Server(settings), settings)).run()
+    _Process(Server(settings), settings).run()
+
+
+class _Process(uvicorn.Server):
+    """Uvicorn, which by itself acts on a signal only when the start is complete: MCP servers may take long."""
+
+    def __init__(self, server: Server, settings: Settings) -> None:
+        super().__init__(uvicorn_config(server, settings))
+        self._server = server
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal has come."""
+        super().handle_exit(sig, frame)
+        self._server.give_up()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start. That it was given up is no failure."""
+        try:
+            await super().startup(sockets)
+        except SystemExit:
+            if not self.should_exit:
+                raise
 
 
 def uvicorn_config(app: Any, settings: Settings) -> uvicorn.Config:

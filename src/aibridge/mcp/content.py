@@ -3,7 +3,7 @@
 Providers refuse empty texts, so there are none. What is too large is cut, and says so.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import msgspec
@@ -24,10 +24,12 @@ from aibridge.tools import Media, MediaKind, Outcome, Text
 
 NOTHING: Final = Text("(no output)")
 _MAX_ERROR: Final = 500  # characters; the model gets the whole text
+_MAX_DESCRIBED: Final = 500  # characters of what stands for media, which a server may call whatever it likes
+_MAX_PIECES: Final = 1_000
 
 
-def outcome_of(result: CallToolResult | InputRequiredResult, max_bytes: int) -> Outcome:
-    """The outcome of a call that was answered."""
+def outcome_of(result: CallToolResult | InputRequiredResult, max_bytes: int, masked: Callable[[str], str] = str) -> Outcome:
+    """The outcome of a call that was answered. `masked` hides secrets in what the ledger gets."""
     if isinstance(result, InputRequiredResult):
         return Outcome.failed(
             "The tool asks for input in the middle of a call (resultType input_required), which nobody here can give."
@@ -43,7 +45,7 @@ def outcome_of(result: CallToolResult | InputRequiredResult, max_bytes: int) -> 
     if not result.is_error:
         return Outcome(content)
     said = " ".join(piece.text for piece in content if isinstance(piece, Text)) or "The tool failed."
-    return Outcome(content, is_error=True, error=said[:_MAX_ERROR])
+    return Outcome(content, is_error=True, error=masked(said)[:_MAX_ERROR])
 
 
 def _pieces(block: ContentBlock) -> Iterator[Text | Media]:
@@ -104,16 +106,30 @@ def _read(text: str) -> Any:
 
 
 def _bounded(pieces: list[Text | Media], max_bytes: int) -> Iterator[Text | Media]:
-    """The pieces, as far as there is room for them."""
+    """The pieces, as far as there is room for them, and what became of the others."""
     left = max_bytes
-    for piece in pieces:
-        size = len(piece.text.encode()) if isinstance(piece, Text) else len(piece.data)
-        if size <= left:
+    for index, piece in enumerate(pieces):
+        left -= _size(piece)
+        if left >= 0 and index < _MAX_PIECES:
             yield piece
-        elif isinstance(piece, Media):
-            yield Text(piece.described)
             continue
-        else:
-            kept = piece.text.encode()[:left].decode(errors="ignore")
-            yield Text(f"{kept}\n[cut: {size} bytes, of which {len(kept.encode())} are here]".lstrip())
-        left = max(0, left - size)
+        rest = len(pieces) - index
+        if index < _MAX_PIECES:
+            yield _cut(piece, left + _size(piece))
+            rest -= 1
+        if rest:
+            yield Text(f"({rest} more pieces left out)")
+        return
+
+
+def _size(piece: Text | Media) -> int:
+    if isinstance(piece, Text):
+        return len(piece.text.encode())
+    return len(piece.data) + len((piece.media_type + (piece.name or "")).encode())
+
+
+def _cut(piece: Text | Media, room: int) -> Text:
+    if isinstance(piece, Media):
+        return Text(piece.described[:_MAX_DESCRIBED])
+    kept = piece.text.encode()[:room].decode(errors="ignore")
+    return Text(f"{kept}\n[cut: {_size(piece)} bytes, of which {len(kept.encode())} are here]".lstrip())

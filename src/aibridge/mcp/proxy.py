@@ -11,7 +11,7 @@ import mcp_types
 import msgspec
 
 from aibridge.mcp.approvals import Approvals, MemoryApprovals
-from aibridge.mcp.catalog import Catalog, Entry
+from aibridge.mcp.catalog import UNAPPROVED, Catalog, Entry, read
 from aibridge.mcp.content import outcome_of
 from aibridge.mcp.servers import Failed, Result, ServerConnection, State, Unavailable
 from aibridge.mcp.settings import McpServer, check_name
@@ -24,13 +24,15 @@ logger = logging.getLogger(__name__)
 class ToolState:
     """A tool that a server lists. `name` is what models are offered it under; None where they are not, `reason` says why.
 
-    `is_changed`: its description or schema is not the approved one.
+    `is_changed`: its description or `schema`, which is JSON text, is not the approved one.
     """
 
     tool: str
     name: str | None
     reason: str | None
     is_changed: bool
+    description: str
+    schema: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +72,20 @@ class McpProxy:
     async def __aenter__(self) -> Self:
         for connection in self._connections.values():
             connection.start()
-        await asyncio.gather(*(connection.ready() for connection in self._connections.values()), return_exceptions=True)
+        waits = (connection.ready() for connection in self._connections.values())
+        try:
+            await asyncio.gather(*waits, return_exceptions=True)
+        except asyncio.CancelledError:
+            await self._close()
+            raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self._close()
+
+    async def _close(self) -> None:
         await asyncio.gather(*(connection.close() for connection in self._connections.values()))
 
     def tools(self) -> Sequence[Tool]:
@@ -102,13 +112,16 @@ class McpProxy:
             )
         except (Unavailable, Failed) as error:
             return Outcome.failed(str(error))
-        return outcome_of(result, server.max_result_bytes) if not isinstance(result, str) else Outcome.failed(result)
+        return outcome_of(result, server.max_result_bytes, server.masked)
 
-    async def _run(self, connection: ServerConnection, tool: Tool, arguments: dict[str, Any]) -> Result | str:
-        """The server's answer, or why it was not asked."""
+    async def _run(self, connection: ServerConnection, tool: Tool, arguments: dict[str, Any]) -> Result:
+        """The server's answer. Raises Unavailable or Failed."""
         if not self._catalog.knows(tool.server):  # this process has just started; another one has offered the tool
             await connection.ready()
-        return self._catalog.refusal(tool.server, tool.tool) or await connection.call(tool.tool, arguments)
+        refusal = self._catalog.refusal(tool.server, tool.tool)
+        if refusal is not None:
+            raise Unavailable(refusal)
+        return await connection.call(tool.tool, arguments)
 
     def states(self) -> list[ServerState]:
         """How the servers are, sorted by name."""
@@ -123,10 +136,7 @@ class McpProxy:
             protocol_version=connection.protocol_version,
             server_name=connection.identity.name if connection.identity else None,
             server_version=connection.identity.version if connection.identity else None,
-            tools=tuple(
-                ToolState(entry.tool, None if entry.reason else entry.name, entry.reason, entry.is_changed)
-                for entry in self._catalog.entries(connection.name)
-            ),
+            tools=tuple(_tool_state(entry) for entry in self._catalog.entries(connection.name)),
         )
 
     async def approve(self, server: str, tool: str | None = None) -> Sequence[str]:
@@ -134,35 +144,43 @@ class McpProxy:
 
         Raises whatever the approvals raise.
         """
-        chosen = [
-            entry
+        chosen = {
+            (server, entry.tool): entry.digest
             for entry in self._catalog.entries(server)
-            if (entry.tool == tool if tool is not None else entry.reason is None or entry.is_changed)
-        ]
-        for entry in chosen:
-            await self._approvals.approve(server, entry.tool, entry.digest)
-            self._catalog.approve(entry)
-        return [entry.tool for entry in chosen]
+            if entry.problem is None
+            and (entry.tool == tool if tool is not None else entry.reason in (None, UNAPPROVED) or entry.is_changed)
+        }
+        await self._approvals.approve(chosen)
+        self._catalog.approve(chosen)
+        return [name for _, name in chosen]
 
     def _listing(self, server: str) -> Callable[[Sequence[mcp_types.Tool]], Awaitable[None]]:
         """What takes the tools that a server lists."""
 
         async def listed(tools: Sequence[mcp_types.Tool]) -> None:
-            try:
-                approved = await self._approvals.approved()
-            except Exception as error:  # noqa: BLE001  it may raise anything
-                logger.warning("the approvals of MCP tools cannot be read: %s", type(error).__name__)
-                approved = None
-            await self._trust(self._catalog.update(server, tools, approved))
+            entries = await asyncio.to_thread(read, server, tools)
+            new = self._catalog.update(server, entries, await self._approved())
+            if new:
+                await self._trust(server, new)
+                self._catalog.update(server, entries, await self._approved())
 
         return listed
 
-    async def _trust(self, entries: Sequence[Entry]) -> None:
+    async def _approved(self) -> Mapping[tuple[str, str], str] | None:
+        try:
+            return await self._approvals.approved()
+        except Exception as error:  # noqa: BLE001  it may raise anything
+            logger.warning("the approvals of MCP tools cannot be read: %s", type(error).__name__)
+            return None
+
+    async def _trust(self, server: str, new: Mapping[tuple[str, str], str]) -> None:
         """Approve what was seen for the first time."""
-        for entry in entries:
-            try:
-                await self._approvals.approve(entry.server, entry.tool, entry.digest)
-            except Exception as error:  # noqa: BLE001  likewise
-                logger.warning(
-                    "the tool %s of MCP server %s was not approved: %s", entry.tool, entry.server, type(error).__name__
-                )
+        try:
+            await self._approvals.trust(new)
+        except Exception as error:  # noqa: BLE001  likewise
+            logger.warning("new tools of MCP server %s were not approved: %s", server, type(error).__name__)
+
+
+def _tool_state(entry: Entry) -> ToolState:
+    name = None if entry.reason else entry.name
+    return ToolState(entry.tool, name, entry.reason, entry.is_changed, entry.description, entry.schema)

@@ -31,7 +31,7 @@ from mcp_types import (
 )
 from pydantic import TypeAdapter, ValidationError
 
-from aibridge.mcp.settings import McpServer
+from aibridge.mcp.settings import McpServer, printable
 from aibridge.mcp.transports import Exchange, cause, describe, exchange, transport
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ _ATTEMPT_SECONDS: Final = 60.0
 _BACK_OFF: Final = (0.5, 60.0)  # seconds: the first, and the longest
 _STABLE_SECONDS: Final = 30.0  # a connection that lasted as long has not failed
 _BURST_SECONDS: Final = 0.2  # changes of the list come in bursts
+_CALM_SECONDS: Final = 5.0  # between two of them that are looked at, and twice as long each time if they go on
 _LAST_WORDS_SECONDS: Final = 20.0
 _MAX_PAGES: Final = 100
 _LINES_LOGGED: Final = 200  # of each run of a command
@@ -75,9 +76,9 @@ class ServerConnection:
         self._calls: set[asyncio.Task[Any]] = set()
         self._scope: anyio.CancelScope  # of the attempt, and of the connection
         self._settled = asyncio.Event()  # an attempt has succeeded, or failed
-        self._attention = asyncio.Event()  # what keeps the connection should look
+        self._changed = asyncio.Event()  # the server says that its tools have
+        self._ended = asyncio.Event()  # the connection is of no use any more
         self._impatience = asyncio.Event()  # somebody waits for the next attempt
-        self._changed = False
         self._lost: str | None = None
         self._established = False  # the present connection, or the last one
         self._closing = False
@@ -204,6 +205,8 @@ class ServerConnection:
         self._established = False
         self._lost = None
         self._last_line = ""
+        self._changed.clear()
+        self._ended.clear()
         try:
             with anyio.CancelScope(deadline=anyio.current_time() + _ATTEMPT_SECONDS) as self._scope:
                 if self._closing:
@@ -214,7 +217,9 @@ class ServerConnection:
                     message_handler=self._notice,
                     cache=None,
                 ) as client:
-                    await self._list(client)
+                    tools = await self._list(client)
+                    self._scope.deadline = math.inf
+                    await self._listed(tools)
                     self._connected(client)
                     await self._keep(client)
         except Exception as error:  # noqa: BLE001  whatever the SDK and the server do, the next attempt may go well
@@ -231,7 +236,6 @@ class ServerConnection:
         return f"{reason} (it said: {self._last_line})" if self._last_line else reason
 
     def _connected(self, client: Client) -> None:
-        self._scope.deadline = math.inf
         self.protocol_version = client.protocol_version
         self.identity = client.server_info
         if self._reason is not None:
@@ -250,7 +254,7 @@ class ServerConnection:
         if self._client is None:
             self._scope.cancel()
         self._client = None
-        self._attention.set()
+        self._ended.set()
 
     async def _keep(self, client: Client) -> None:
         """Keep the list of tools up to date, until the connection ends."""
@@ -258,15 +262,24 @@ class ServerConnection:
             tools = client.server_capabilities.tools
             if client.session.discover_result is not None and tools is not None and tools.list_changed:
                 tasks.start_soon(self._subscribe, client)
-            while self._client is client:
-                with anyio.move_on_after(self.server.refresh_seconds):
-                    await self._attention.wait()
-                if self._client is client:
-                    await anyio.sleep(_BURST_SECONDS)
-                    self._attention.clear()
-                    with anyio.fail_after(self.server.start_timeout):
-                        await self._list(client)
+            tasks.start_soon(self._refresh, client)
+            await self._ended.wait()
             tasks.cancel_scope.cancel()
+
+    async def _refresh(self, client: Client) -> None:
+        """List the tools now and then, and soon after they have changed. A server that says so all the time has to wait."""
+        pause = 0.0
+        while True:
+            due = anyio.current_time() + self.server.refresh_seconds
+            await anyio.sleep(min(pause, self.server.refresh_seconds))
+            pause = max(_CALM_SECONDS, 2 * pause if self._changed.is_set() else 0)
+            with anyio.CancelScope(deadline=due):
+                await self._changed.wait()
+            await anyio.sleep(_BURST_SECONDS)
+            self._changed.clear()
+            with anyio.fail_after(self.server.start_timeout):
+                tools = await self._list(client)
+            await self._listed(tools)
 
     async def _subscribe(self, client: Client) -> None:
         """From 2026-07-28 on, changes are told to those who listen. A stream that was cut may have lost some."""
@@ -275,10 +288,10 @@ class ServerConnection:
             try:
                 async with client.listen(tools_list_changed=True) as events:
                     async for _ in events:
-                        self._attention.set()
+                        self._changed.set()
                 return
             except SubscriptionLost:
-                self._attention.set()
+                self._changed.set()
                 await anyio.sleep(delay)
                 delay = min(longest, delay * 2)
             except (MCPError, TimeoutError):
@@ -286,9 +299,9 @@ class ServerConnection:
 
     async def _notice(self, message: object) -> None:
         if isinstance(message, ToolListChangedNotification):
-            self._attention.set()
+            self._changed.set()
 
-    async def _list(self, client: Client) -> None:
+    async def _list(self, client: Client) -> Sequence[Tool]:
         tools: list[Tool] = []
         cursor: str | None = None
         for _ in range(_MAX_PAGES):
@@ -307,7 +320,7 @@ class ServerConnection:
                 break
         else:
             raise ValueError("its list of tools does not end")
-        await self._listed(tools)
+        return tools
 
     def _log_line(self) -> Callable[[str], None]:
         """What takes the lines that a command writes on its standard error."""
@@ -316,6 +329,7 @@ class ServerConnection:
         def log(line: str) -> None:
             nonlocal count
             count += 1
+            line = printable(line)
             self._last_line = line or self._last_line
             if count <= _LINES_LOGGED:
                 logger.debug("MCP server %s says: %s", self.name, self.server.masked(line))

@@ -14,6 +14,15 @@ _NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 _HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
 _HEADER_VALUE: Final = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
+_POSITIVE: Final = (
+    "start_timeout",
+    "call_timeout",
+    "max_concurrent_calls",
+    "max_result_bytes",
+    "refresh_seconds",
+    "max_tools",
+)
+
 _HIDDEN: Final = "***"
 _SHORTEST_SECRET: Final = 4  # what is shorter keeps no secret, and hiding every "1" would leave nothing to read
 _USERINFO: Final = re.compile(r"(?<=://)[^/@\s]+(?=@)")
@@ -34,7 +43,7 @@ class McpServer:
 
     Seconds: `start_timeout` is how long the start of the bridge, or a call, waits for a connection; `call_timeout` is all
     that a call may take; the tools are listed again every `refresh_seconds`. `max_result_bytes` bounds what of a result is
-    kept. Raises ValueError for what cannot be.
+    kept, `max_tools` how many tools are offered. Raises ValueError for what cannot be.
     """
 
     url: str | None = field(default=None, repr=False)
@@ -51,6 +60,7 @@ class McpServer:
     max_concurrent_calls: int = 8
     max_result_bytes: int = 1_000_000
     refresh_seconds: float = 300.0
+    max_tools: int = 200
 
     def __post_init__(self) -> None:
         if (self.url is None) == (not self.command):
@@ -64,7 +74,7 @@ class McpServer:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
-        for name in ("start_timeout", "call_timeout", "max_concurrent_calls", "max_result_bytes", "refresh_seconds"):
+        for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be more than 0")
 
@@ -107,6 +117,11 @@ class McpServer:
         for value in self.headers.values():
             found |= {value, value.rpartition(" ")[2]}  # the credential without its scheme, too
         return tuple(sorted((secret for secret in found if len(secret) >= _SHORTEST_SECRET), key=lambda s: (-len(s), s)))
+
+
+def printable(text: str, keep: str = "") -> str:
+    """What somebody else says, fit for a terminal or a log: all but `keep` that cannot be seen is escaped."""
+    return "".join(each if each.isprintable() or each in keep else each.encode("unicode_escape").decode() for each in text)
 
 
 def check_name(name: str) -> None:

@@ -98,7 +98,8 @@ async def _read(
 
 async def _write(process: asyncio.subprocess.Process, receive: MemoryObjectReceiveStream[SessionMessage]) -> None:
     assert process.stdin is not None  # noqa: S101  it was started with pipes
-    with receive, suppress(OSError):  # a process that is gone does not read; `_read` notices, too
+    # A process that is gone does not read; `_read` notices, too. On a closed pipe uvloop raises RuntimeError.
+    with receive, suppress(OSError, RuntimeError):
         async for message in receive:
             process.stdin.write(message.message.model_dump_json(by_alias=True, exclude_unset=True).encode() + b"\n")
             await process.stdin.drain()

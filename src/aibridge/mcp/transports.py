@@ -7,6 +7,7 @@ and the query, which the SDK and its HTTP client would log.
 """
 
 import base64
+import logging
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -91,6 +92,7 @@ async def transport(server: McpServer, lost: Lost, said: Lost) -> AsyncGenerator
     Raises OSError where a command cannot be started, and httpx2.HTTPError or an exception group of them where the way to an
     SSE server fails at once.
     """
+    _sdk_logger.addFilter(_is_news)
     # JSON writes some characters as six, and base64 three bytes as four: no result that fits is refused for its notation.
     limit = 8 * server.max_result_bytes + 1_048_576
     if server.url is None:
@@ -108,6 +110,15 @@ async def transport(server: McpServer, lost: Lost, said: Lost) -> AsyncGenerator
     else:
         async with client, streamable_http_client(wire.url, http_client=client, max_sse_event_size=limit) as (read, write):
             yield _Mended(read), write
+
+
+_sdk_logger: Final = logging.getLogger("mcp.client.streamable_http")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not what arrives for a session that is being closed. The SDK logs the closed stream as an error of the server's."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, anyio.BrokenResourceError | anyio.ClosedResourceError)
 
 
 class _Mended:
