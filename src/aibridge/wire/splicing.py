@@ -88,12 +88,10 @@ def element_spans(array: bytes) -> list[tuple[int, int]]:
     if array[position : position + 1] != b"[":
         raise Unreadable("not a JSON array")
     spans: list[tuple[int, int]] = []
-    for element in items(array[position:]):  # mended where it must be, but never to another length
+    for element in items(array[position:]):  # of what is an array; mended where it must be, but never to another length
         start = _array_space(array, position + 1)
         end = start + len(bytes(element))
         position = _array_space(array, end)
-        if array[position : position + 1] not in (b",", b"]"):
-            raise Unreadable("not a JSON array")
         spans.append((start, end))
     if not spans and array[_array_space(array, position + 1) :].rstrip() != b"]":
         raise Unreadable("not a JSON array")
