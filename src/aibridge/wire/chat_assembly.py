@@ -13,8 +13,24 @@ from typing import Final
 from msgspec import Raw
 
 from aibridge.tools import Call, Tool, Toolset
-from aibridge.wire.reading import Members, Unreadable, boolean, integer, members, parse_object, source, text
-from aibridge.wire.splicing import edited, element_spans, member_span, with_member, without_member, written_members
+from aibridge.wire.reading import (
+    Members,
+    boolean,
+    integer,
+    is_whole_object,
+    members,
+    source,
+    text,
+)
+from aibridge.wire.splicing import (
+    edited,
+    element_spans,
+    inner_elements,
+    inner_members,
+    member_span,
+    with_member,
+    without_member,
+)
 
 # How a response ends that is not whole. No call in it is run, not even one that seems to be.
 _CUT_SHORT: Final = frozenset({"length", "content_filter", "error"})
@@ -26,21 +42,9 @@ _GROWING: Final = frozenset({"arguments", "input", "text", "summary", "data"})
 # --- JSON in the sender's bytes ---------------------------------------------------------------------------------------
 
 
-def exact_members(raw: bytes | Raw | None) -> Members:
-    """The members of a JSON object, or none, in bytes that no reading has mended: lone surrogates stay (wire.md E)."""
-    try:
-        return written_members(bytes(raw or b""))
-    except Unreadable:
-        return {}
-
-
 def exact_items(raw: Raw | None) -> list[Raw]:
     """The elements of a JSON array, or none, in bytes that no reading has mended."""
-    array = bytes(raw or b"")
-    try:
-        return [Raw(array[start:end]) for start, end in element_spans(array)]
-    except Unreadable:
-        return []
+    return [Raw(element) for element in inner_elements(raw)]
 
 
 def with_list(data: bytes, name: str, elements: Sequence[bytes]) -> bytes:
@@ -67,7 +71,7 @@ def _assembled(fragments: Iterable[bytes]) -> bytes:
     """An object that came in fragments: a call, its function, a reasoning detail."""
     given: dict[str, list[bytes]] = {}
     for fragment in fragments:
-        for name, raw in exact_members(fragment).items():
+        for name, raw in inner_members(fragment).items():
             given.setdefault(name, []).append(bytes(raw))
     return _object({name: _combined(name, raws) for name, raws in given.items()})
 
@@ -107,16 +111,8 @@ def call_of(entry: Members, tool: Tool) -> Call:
     """The call that an entry of ``tool_calls`` makes of an injected tool."""
     arguments = arguments_of(members(entry.get("function")).get("arguments"))
     arguments = arguments if arguments.strip() else "{}"  # wire.md E
-    refusal = None if _is_whole(arguments) else "The tool was not called: its arguments are not a whole JSON object."
+    refusal = None if is_whole_object(arguments) else "The tool was not called: its arguments are not a whole JSON object."
     return Call(text(entry.get("id")) or "", tool, arguments, refusal)
-
-
-def _is_whole(arguments: str) -> bool:
-    try:
-        parse_object(arguments.encode())
-    except Unreadable:
-        return False
-    return True
 
 
 def is_error(error: Raw | None) -> bool:
@@ -126,7 +122,7 @@ def is_error(error: Raw | None) -> bool:
 
 def choice_of(top: Members) -> Members:
     """The first of the choices. Its index may be missing."""
-    choices = map(exact_members, exact_items(top.get("choices")))
+    choices = map(inner_members, exact_items(top.get("choices")))
     return next((choice for choice in choices if not integer(choice.get("index"))), {})
 
 
@@ -168,7 +164,7 @@ class Part:
             return True
         # In one call's arguments `}` stands right before `{` in a string only, and then what came so far is not whole.
         is_seam = bool(self.arguments) and self.arguments[-1].rstrip().endswith("}") and arguments.lstrip().startswith("{")
-        return is_seam and _is_whole("".join(self.arguments))
+        return is_seam and is_whole_object("".join(self.arguments))
 
 
 class ChatResponse:
@@ -217,7 +213,7 @@ class ChatResponse:
             self.usage = bytes(top["usage"])
         choice = choice_of(top)
         self.finish_reason = text(choice.get("finish_reason")) or self.finish_reason
-        message = exact_members(choice.get(name))
+        message = inner_members(choice.get(name))
         for member, raw in message.items():
             if member == "reasoning_details":
                 self._said.setdefault(member, []).extend(map(bytes, exact_items(raw)))

@@ -14,7 +14,6 @@ from aibridge.wire.chat_assembly import (
     call_of,
     choice_of,
     exact_items,
-    exact_members,
     injected_tool,
     is_error,
     joined,
@@ -24,7 +23,12 @@ from aibridge.wire.chat_assembly import (
     with_list,
 )
 from aibridge.wire.reading import Members, integer, is_null, members, text
-from aibridge.wire.splicing import with_member, without_member, written_members
+from aibridge.wire.splicing import (
+    inner_members,
+    with_member,
+    without_member,
+    written_members,
+)
 from aibridge.wire.sse import Frame
 from aibridge.wire.turns import Piece, Turn, TurnMerger, UsagePolicy
 from aibridge.wire.usage import merged_usage
@@ -139,7 +143,7 @@ class ChatMerger(TurnMerger):
             return _Chunk(frame)
         if frame.data.strip() == DONE:
             return _Chunk(frame, ends=True)
-        top = exact_members(frame.data)
+        top = inner_members(frame.data)
         choice, parts = self._response.read(top, "delta")
         self._keep_envelope(top)
         finishes = bool(text(choice.get("finish_reason")))
@@ -232,7 +236,7 @@ class ChatMerger(TurnMerger):
 
     def _renumbered(self, chunk: _Chunk) -> dict[str, list[bytes]]:
         """The lists of a delta that are others for the client: gaps and repetitions in them break SDKs (wire.md D5)."""
-        lists, delta = dict[str, list[bytes]](), exact_members(chunk.delta)
+        lists, delta = dict[str, list[bytes]](), inner_members(chunk.delta)
         numbers = [self._response.number(part) for part in chunk.parts]
         if numbers != [part.index for part in chunk.parts]:
             lists["tool_calls"] = [
@@ -266,10 +270,10 @@ class ChatMerger(TurnMerger):
     def _merged_choice(self, choice: bytes) -> bytes:
         message, given = self._messages[-1], dict[str, list[bytes]]()
         for said in self._messages:
-            for name, raw in exact_members(said).items():
+            for name, raw in inner_members(said).items():
                 given.setdefault(name, []).append(bytes(raw))
         given.pop("role", None)
-        calls = exact_items(exact_members(message).get("tool_calls")) if given.pop("tool_calls", None) else []
+        calls = exact_items(inner_members(message).get("tool_calls")) if given.pop("tool_calls", None) else []
         visible = [bytes(raw) for raw in calls if injected_tool(members(raw), self._toolset) is None]
         if len(visible) < len(calls):
             message = with_list(message, "tool_calls", visible)

@@ -13,10 +13,24 @@ import msgspec
 from msgspec import Raw
 
 from aibridge.tools import Outcome, Text, Tool, Toolset
-from aibridge.wire.chat_assembly import arguments_of, exact_items, exact_members, injected_tool, with_list
+from aibridge.wire.chat_assembly import (
+    arguments_of,
+    exact_items,
+    injected_tool,
+    with_list,
+)
 from aibridge.wire.chat_merging import ChatMerger
 from aibridge.wire.reading import Members, Unreadable, integer, is_null, items, members, text
-from aibridge.wire.splicing import Edit, edited, element_spans, member_span, separator, with_elements, with_member
+from aibridge.wire.splicing import (
+    Edit,
+    edited,
+    element_spans,
+    inner_members,
+    member_span,
+    separator,
+    with_elements,
+    with_member,
+)
 from aibridge.wire.turns import (
     Answered,
     Draft,
@@ -161,7 +175,7 @@ class ChatDraft(Draft):
         start, end = _messages_span(self.body)
         array = self.body[start:end]
         self._spans = [(start + first, start + last) for first, last in element_spans(array)]
-        self._messages = [exact_members(self.body[slice(*span)]) for span in self._spans]
+        self._messages = [inner_members(self.body[slice(*span)]) for span in self._spans]
         for position, message in enumerate(self._messages):
             role, said = text(message.get("role")) or "", _text(message.get("content"))
             if role == "assistant":
@@ -252,7 +266,7 @@ def _said(messages: Sequence[bytes]) -> str:
 
 
 def _calls_of(message: bytes) -> tuple[_Asked, ...]:
-    return _asked(exact_items(exact_members(message).get("tool_calls")))
+    return _asked(exact_items(inner_members(message).get("tool_calls")))
 
 
 def _own_calls(hidden: _Hidden) -> list[_Asked]:
@@ -367,7 +381,7 @@ def _repeated(answered: Answered, toolset: Toolset) -> tuple[bytes, tuple[_Asked
     Where injected calls were not run they are not in it.
     """
     message = b"".join(piece.raw for piece in answered.turn.pieces)
-    calls = exact_items(exact_members(message).get("tool_calls"))
+    calls = exact_items(inner_members(message).get("tool_calls"))
     own = [call for call in calls if injected_tool(members(call), toolset) is None]
     if not answered.outcomes:
         if len(own) < len(calls):

@@ -7,8 +7,21 @@ from msgspec import Raw
 
 from aibridge.errors import error_body
 from aibridge.tools import Call, Toolset
-from aibridge.wire.reading import Members, Unreadable, integer, is_null, parse_object, source, text
-from aibridge.wire.splicing import element_spans, with_member, written_members
+from aibridge.wire.reading import (
+    Members,
+    Unreadable,
+    integer,
+    is_null,
+    is_whole_object,
+    source,
+    text,
+)
+from aibridge.wire.splicing import (
+    inner_elements,
+    inner_members,
+    with_member,
+    written_members,
+)
 from aibridge.wire.sse import Frame
 from aibridge.wire.turns import Piece, Turn, TurnMerger, UsagePolicy
 from aibridge.wire.usage import merged_usage
@@ -51,7 +64,7 @@ class _Block:
     def __init__(self, raw: bytes, toolset: Toolset) -> None:
         self.raw = raw if raw.startswith(b"{") else b"{}"
         self.index: int | None = None
-        self._members = _inner(raw)
+        self._members = inner_members(raw)
         self.kind = text(self._members.get("type")) or ""
         self.tool = toolset.get(text(self._members.get("name"))) if self.kind == "tool_use" else None
         self._added: dict[str, list[bytes]] = {}
@@ -83,22 +96,22 @@ class _Block:
             begun = bytes(self._members.get(name, b""))
             new[name] = b'"%b%b"' % (begun[1:-1] if begun.startswith(b'"') else b"", b"".join(parts))
         if self._citations:
-            new["citations"] = b"[%b]" % b",".join([*_elements(self._members.get("citations")), *self._citations])
-        has_input = new.pop("input", None) is None and _is_object(source(self._members.get("input")) or "")
+            new["citations"] = b"[%b]" % b",".join([*inner_elements(self._members.get("citations")), *self._citations])
+        has_input = new.pop("input", None) is None and is_whole_object(source(self._members.get("input")) or "")
         raw = self.raw
         for name, value in new.items():
             raw = with_member(raw, name, value)
         if has_input or not self.kind.endswith("tool_use"):
             return raw
         arguments = self._arguments()  # put in last: whatever is in them, nobody has to find a way through it
-        return with_member(raw, "input", arguments.encode() if _is_object(arguments) else b"{}")
+        return with_member(raw, "input", arguments.encode() if is_whole_object(arguments) else b"{}")
 
     def call(self) -> Call | None:
         """The call of an injected tool that it is."""
         if self.tool is None:
             return None
         arguments = self._arguments()
-        refusal = None if _is_object(arguments) else _NO_OBJECT
+        refusal = None if is_whole_object(arguments) else _NO_OBJECT
         return Call(text(self._members.get("id")) or "", self.tool, arguments, refusal)
 
     def _arguments(self) -> str:
@@ -129,7 +142,7 @@ class _Response:
 
     def read_usage(self, holder: Members) -> None:
         update_usage(
-            self.usage, _inner(holder.get("usage")), fallback=any(block.kind == "fallback" for block in self.blocks)
+            self.usage, inner_members(holder.get("usage")), fallback=any(block.kind == "fallback" for block in self.blocks)
         )
 
     @property
@@ -186,11 +199,11 @@ class MessagesMerger(TurnMerger):
             return b"".join(map(self._shown, early)) + self._read_block(kind, event, frame)
         match kind:
             case "message_start":
-                now.read_start(_inner(event.get("message")))
+                now.read_start(inner_members(event.get("message")))
                 is_first, self._started = self._verbatim or not self._started, True
                 return frame.raw if is_first else b""
             case "message_delta":
-                now.stop_reason = text(_inner(event.get("delta")).get("stop_reason")) or now.stop_reason
+                now.stop_reason = text(inner_members(event.get("delta")).get("stop_reason")) or now.stop_reason
                 now.read_usage(event)
             case "error":
                 now.whole = False
@@ -209,7 +222,7 @@ class MessagesMerger(TurnMerger):
         if block is None:
             return frame.raw if self._verbatim else b""
         if kind == "content_block_delta":
-            block.read_delta(_inner(event.get("delta")))
+            block.read_delta(inner_members(event.get("delta")))
         if block.index is None:
             return b""
         if block.index == index:
@@ -231,7 +244,7 @@ class MessagesMerger(TurnMerger):
         now = self._now
         now.body = body
         now.read_start(written_members(body))
-        now.blocks = [_Block(raw, self._toolset) for raw in _elements(now.message.get("content"))]
+        now.blocks = [_Block(raw, self._toolset) for raw in inner_elements(now.message.get("content"))]
 
     def turn(self) -> Turn:
         """The turn of the response that has ended. One that was not finished calls nothing: its calls are forgotten."""
@@ -249,7 +262,7 @@ class MessagesMerger(TurnMerger):
 
     def error_event(self, status: int, message: str, body: bytes = b"") -> bytes:
         """``event: error``, which clients raise (wire.md A10)."""
-        error = body if "error" in _inner(body) else error_body("anthropic", status, message)
+        error = body if "error" in inner_members(body) else error_body("anthropic", status, message)
         return b"event: error\ndata: " + b" ".join(error.splitlines()) + b"\n\n"
 
     @property
@@ -272,7 +285,7 @@ class MessagesMerger(TurnMerger):
         data, delta = frame.data, event.get("delta")
         if (usage := self._usage) is not None:
             data = with_member(data, "usage", usage)
-        if (reason := self._stop_reason) is not None and text(_inner(delta).get("stop_reason")) == "tool_use":
+        if (reason := self._stop_reason) is not None and text(inner_members(delta).get("stop_reason")) == "tool_use":
             data = with_member(data, "delta", with_member(bytes(delta or b""), "stop_reason", reason))
         return frame.raw if data == frame.data else frame.with_data(data)
 
@@ -291,28 +304,3 @@ class MessagesMerger(TurnMerger):
             if value is not None:
                 body = with_member(body, name, value)
         return body
-
-
-def _inner(raw: bytes | Raw | None) -> Members:
-    """The members of an object inside of another, as they were written; none for anything else."""
-    try:
-        return {} if raw is None else written_members(bytes(raw))
-    except Unreadable:
-        return {}
-
-
-def _elements(raw: Raw | None) -> list[bytes]:
-    """The elements of an array, as they were written; none for anything else."""
-    array = b"" if raw is None else bytes(raw)
-    try:
-        return [array[start:end] for start, end in element_spans(array)]
-    except Unreadable:
-        return []
-
-
-def _is_object(arguments: str) -> bool:
-    try:
-        parse_object(arguments.encode())
-    except Unreadable:
-        return False
-    return not arguments.startswith("\ufeff")  # which only our reader forgives

@@ -9,7 +9,14 @@ from aibridge.tools import Media, Outcome, Text, Tool, Toolset
 from aibridge.wire.messages_history import Block, Kept, MessagesDraft, assistant_message, written_message
 from aibridge.wire.messages_merging import MessagesMerger
 from aibridge.wire.reading import Members, Unreadable, members, parse_object, text
-from aibridge.wire.splicing import edited, member_span, separator, with_elements, with_member
+from aibridge.wire.splicing import (
+    edited,
+    json_string,
+    member_span,
+    separator,
+    with_elements,
+    with_member,
+)
 from aibridge.wire.turns import Answered, Draft, Memory, TurnFormat, TurnMerger, UsagePolicy
 
 _IMAGES: Final = frozenset({"image/jpeg", "image/png", "image/gif", "image/webp"})
@@ -70,12 +77,8 @@ def _kept(answered: Answered) -> list[Kept]:
     return kept
 
 
-def _json(value: str) -> bytes:
-    return msgspec.json.encode(value.encode("utf-8", "replace").decode())
-
-
 def _offered(tool: Tool) -> bytes:
-    parts = (_json(tool.name), _json(tool.description), tool.schema.encode())
+    parts = (json_string(tool.name), json_string(tool.description), tool.schema.encode())
     return b'{"name":%b,"description":%b,"input_schema":%b}' % parts
 
 
@@ -83,7 +86,7 @@ def _result(call_id: str, outcome: Outcome) -> bytes:
     """The same bytes for the same outcome, today and when it is put back."""
     content = [block for part in outcome.content for block in _shown(part)] or list(_shown(Text("(no output)")))
     failed = b',"is_error":true' if outcome.is_error else b""
-    return b'{"type":"tool_result","tool_use_id":%b,"content":[%b]%b}' % (_json(call_id), b",".join(content), failed)
+    return b'{"type":"tool_result","tool_use_id":%b,"content":[%b]%b}' % (json_string(call_id), b",".join(content), failed)
 
 
 def _shown(part: Text | Media) -> Iterator[bytes]:
@@ -96,11 +99,11 @@ def _shown(part: Text | Media) -> Iterator[bytes]:
         case Media():
             yield from _shown(Text(part.described))
         case Text(text=words) if words.strip():
-            yield b'{"type":"text","text":%b}' % _json(words)
+            yield b'{"type":"text","text":%b}' % json_string(words)
 
 
 def _media(kind: str, media_type: str, data: str) -> bytes:
-    parts = (kind.encode(), media_type.encode(), _json(data))
+    parts = (kind.encode(), media_type.encode(), json_string(data))
     return b'{"type":"%b","source":{"type":"base64","media_type":"%b","data":%b}}' % parts
 
 

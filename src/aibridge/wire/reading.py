@@ -71,6 +71,15 @@ def is_object(data: bytes) -> bool:
     return isinstance(found, dict)
 
 
+def is_whole_object(arguments: str) -> bool:
+    """Whether the arguments of a call are the text of a JSON object, to its end, for everybody who may have to read it."""
+    try:
+        parse_object(arguments.encode())
+    except Unreadable:
+        return False
+    return not arguments.startswith("\ufeff")  # which only we forgive
+
+
 def members(raw: bytes | Raw | None) -> Members:
     """The members of a JSON object, or none at all for anything else."""
     found = None if raw is None else _decoded(_object, raw)

@@ -15,7 +15,16 @@ from msgspec import Raw
 
 from aibridge.wire.reading import Members, boolean, is_null, items, members, parse_object, text
 from aibridge.wire.responses_merging import elements, member_bytes
-from aibridge.wire.splicing import Edit, edited, element_spans, member_span, separator, with_elements, with_member
+from aibridge.wire.splicing import (
+    Edit,
+    edited,
+    element_spans,
+    json_string,
+    member_span,
+    separator,
+    with_elements,
+    with_member,
+)
 from aibridge.wire.turns import Draft, Memory, Prefix, Restored, is_strong, key_of
 
 # Output items that are no calls by their name (wire.md C2).
@@ -378,11 +387,6 @@ def conversation_of(top: Members) -> str | None:
 
 def is_present(top: Members, name: str) -> bool:
     return name in top and not is_null(top[name])
-
-
-def json_string(words: str) -> bytes:
-    """A string as JSON. A lone surrogate, which UTF-8 cannot carry, becomes a question mark."""
-    return msgspec.json.encode(words.encode("utf-8", "replace").decode())
 
 
 def response_key(public_id: str) -> str:

@@ -13,7 +13,16 @@ import msgspec
 
 from aibridge.errors import error_type
 from aibridge.tools import Call, Tool, Toolset
-from aibridge.wire.reading import Members, Unreadable, integer, members, parse_object, source, text
+from aibridge.wire.reading import (
+    Members,
+    Unreadable,
+    integer,
+    is_whole_object,
+    members,
+    parse_object,
+    source,
+    text,
+)
 from aibridge.wire.splicing import (
     Edit,
     edited,
@@ -360,7 +369,7 @@ class ResponsesMerger(TurnMerger):
             refusal = _BROKE_OFF
         elif not arguments.strip():
             arguments = "{}"
-        elif not _is_whole(arguments):
+        elif not is_whole_object(arguments):
             refusal = _NOT_AN_OBJECT
         return Call(text(item.get("call_id")) or text(item.get("id")) or "", tool, arguments, refusal)
 
@@ -377,14 +386,6 @@ def _is_open(item: Members) -> bool:
     """Whether it may still turn out to be a call of ours."""
     kind = text(item.get("type"))
     return kind is None or (kind == "function_call" and not text(item.get("name")))
-
-
-def _is_whole(arguments: str) -> bool:
-    try:
-        parse_object(arguments.encode())
-    except Unreadable:
-        return False
-    return True
 
 
 def _differ(one: bytes | None, other: bytes) -> bool:

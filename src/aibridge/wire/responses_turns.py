@@ -21,12 +21,16 @@ from aibridge.wire.responses_history import (
     conversation_of,
     input_array,
     is_present,
-    json_string,
     kept_of,
     response_key,
 )
 from aibridge.wire.responses_merging import ResponsesMerger, member_bytes, without_elements, without_tools
-from aibridge.wire.splicing import separator, with_elements, with_member
+from aibridge.wire.splicing import (
+    json_string,
+    separator,
+    with_elements,
+    with_member,
+)
 from aibridge.wire.turns import Answered, Draft, Memory, TurnFormat, TurnMerger, UsagePolicy
 
 __all__ = ["ResponsesTurns", "response_key", "shown_items", "shown_response", "upstream_ids"]

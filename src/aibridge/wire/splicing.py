@@ -40,6 +40,14 @@ def written_members(data: bytes) -> Members:
         return {key: Raw(data[start:end]) for key, _, start, end in _top_level(data)}
 
 
+def inner_members(raw: bytes | Raw | None) -> Members:
+    """The members of an object inside of another, as they were written; none for anything else."""
+    try:
+        return {} if raw is None else written_members(bytes(raw))
+    except Unreadable:
+        return {}
+
+
 def without_member(body: bytes, name: str) -> bytes:
     """The body without a top-level member, however often its key is repeated. Raises `Unreadable` as `member_span` does."""
     found = _top_level(body)
@@ -98,12 +106,26 @@ def element_spans(array: bytes) -> list[tuple[int, int]]:
     return spans
 
 
+def inner_elements(raw: bytes | Raw | None) -> list[bytes]:
+    """The elements of an array inside of something, as they were written; none for anything else."""
+    array = b"" if raw is None else bytes(raw)
+    try:
+        return [array[start:end] for start, end in element_spans(array)]
+    except Unreadable:
+        return []
+
+
 def with_elements(array: bytes, new: Iterable[bytes], between: bytes = b",") -> bytes:
     """The array with more elements at its end. `between` comes before each but a first one. Raises `Unreadable`."""
     there = bool(element_spans(array))
     end = array.rindex(b"]")
     added = between.join(new)
     return array[:end] + (between if there and added else b"") + added + array[end:]
+
+
+def json_string(words: str) -> bytes:
+    """A string as JSON. A lone surrogate, which UTF-8 cannot carry, becomes a question mark."""
+    return msgspec.json.encode(words.encode("utf-8", "replace").decode())
 
 
 def separator(body: bytes) -> bytes:
