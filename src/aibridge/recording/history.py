@@ -286,7 +286,7 @@ class _Worker:
         try:
             if self._writer.is_current() and self._writer.prune():
                 self._prune_at = now  # the rest comes after those who wait
-        except BaseException:
+        except BaseException:  # whatever it is: without this thread every later call would wait for ever
             logger.exception("the history could not be tidied")
 
 

@@ -23,15 +23,13 @@ from aibridge.wire.chat_merging import DONE
 from aibridge.wire.reading import Members, boolean, integer, items, members, parse_object, source, text
 from aibridge.wire.responses_merging import is_client_run
 from aibridge.wire.responses_turns import ResponsesTurns
+from aibridge.wire.sse import ON_ONE_LINE
 from aibridge.wire.turns import TurnFormat
 
 # Where a call's arguments stand, in the order in which to look: text as it is, anything else as its JSON (wire.md C2).
 _ARGUMENTS: Final = ("arguments", "input", "action", "operation", "code", "queries")
 
 _CALL_DETAILS: Final = ("namespace", "server_label", "status")
-
-# Line ends between the tokens of what the provider wrote would end the `data` line.
-_ON_ONE_LINE: Final = bytes.maketrans(b"\r\n", b"  ")
 
 _TERMINALS: Final = frozenset({"response.completed", "response.incomplete", "response.failed"})
 
@@ -157,7 +155,7 @@ class ResponsesReader(ResponseReader):
             event["response"] = self._response | {"status": "failed", "error": error}
         else:
             event |= error | {"param": None}
-        data = msgspec.json.encode(event).translate(_ON_ONE_LINE)
+        data = msgspec.json.encode(event).translate(ON_ONE_LINE)
         return b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n"
 
     def _read_response(self, response: Members, *, ended: bool) -> None:

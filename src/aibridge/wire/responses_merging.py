@@ -33,7 +33,7 @@ from aibridge.wire.splicing import (
     with_replaced,
     written_members,
 )
-from aibridge.wire.sse import Frame
+from aibridge.wire.sse import ON_ONE_LINE, Frame
 from aibridge.wire.turns import Piece, Turn, TurnMerger, UsagePolicy
 from aibridge.wire.usage import merged_usage
 
@@ -56,9 +56,6 @@ _CONSTANT: Final = ("id", "created_at", "model", "tool_choice")
 
 _NOT_AN_OBJECT: Final = "The arguments are not a complete JSON object, so the call was not made. Try again."
 _BROKE_OFF: Final = "The call broke off before it was complete, so it was not made. Try again."
-
-# Line ends between the tokens of what the provider wrote would end the `data` line.
-_ON_ONE_LINE: Final = bytes.maketrans(b"\r\n", b"  ")
 
 
 def is_client_run(item: Members) -> bool:
@@ -241,7 +238,7 @@ class ResponsesMerger(TurnMerger):
             failed = with_member(self._merged(self._begun), "status", b'"failed"')
             failed = with_member(failed, "error", msgspec.json.encode(error))
             data = b'{"type":"%b","sequence_number":%d,"response":%b}' % (kind.encode(), self._sequence, failed)
-        return b"event: " + kind.encode() + b"\ndata: " + data.translate(_ON_ONE_LINE) + b"\n\n"
+        return b"event: " + kind.encode() + b"\ndata: " + data.translate(ON_ONE_LINE) + b"\n\n"
 
     def _lifecycle(self, kind: str, event: Members, frame: Frame) -> bytes:
         """A response begins once, whatever the number of turns."""

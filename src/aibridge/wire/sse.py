@@ -18,7 +18,7 @@ MAX_EVENT_BYTES: Final = 32 * 1024 * 1024
 _BOM: Final = b"\xef\xbb\xbf"
 
 # Line ends between the tokens of a JSON text would end the `data` line.
-_ON_ONE_LINE: Final = bytes.maketrans(b"\r\n", b"  ")
+ON_ONE_LINE: Final = bytes.maketrans(b"\r\n", b"  ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Frame:
     def with_data(self, data: bytes) -> bytes:
         """The frame's bytes with other data. Data of several lines is put on one."""
         assert self.data is not None  # noqa: S101  there is nothing to replace in a comment
-        one_line = data.translate(_ON_ONE_LINE)
+        one_line = data.translate(ON_ONE_LINE)
         if self.data in self.raw:
             return self.raw.replace(self.data, one_line)
         return (b"event: " + self.event + b"\n" if self.event else b"") + b"data: " + one_line + b"\n\n"
