@@ -14,7 +14,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, Final
 
@@ -351,7 +351,7 @@ def check_order(commands: Sequence[Command]) -> None:
 def check_facts(facts: ResponseFacts) -> None:
     """What a database can hold: counts in its range, text in UTF-8, JSON that is JSON."""
     if facts.usage is not None:
-        counters = [getattr(facts.usage, field.name) for field in fields(facts.usage) if field.name != "raw"]
+        counters = [getattr(facts.usage, name) for name in facts.usage.__struct_fields__ if name != "raw"]
         assert all(counter is None or 0 <= counter <= MAX_INTEGER for counter in counters)
         if facts.usage.raw is not None:
             assert isinstance(json.loads(facts.usage.raw.decode("utf-8", "replace")), dict)

@@ -180,3 +180,25 @@ def test_nothing_but_unreadable_is_raised(data: bytes) -> None:
     assert isinstance(integer(raw), int | None)
     assert isinstance(boolean(raw), bool | None)
     assert isinstance(source(raw), str | None)
+
+
+# --- long strings -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "written",
+    [b"", b"plain", "\u00e9\u2028\U0001f30d".encode(), b"\\n\\u00e9", b'\\"', b"\\ud800", b"\xff", b"\xed\xa0\x80"],
+    ids=repr,
+)
+def test_a_long_string_is_read_as_a_short_one(written: bytes) -> None:
+    """It takes another way, which must lead to the same place (RFC 8259 section 7)."""
+    filling = "x" * 2000
+    short, long = (text(parse_object(b'{"a":"%b%b"}' % (some, written))["a"]) for some in (b"", filling.encode()))
+    assert long == (None if short is None else filling + short)
+
+
+@pytest.mark.parametrize(
+    "data", [b"[" + b"1," * 1000 + b"1]", b'"' + b"x" * 2000, b"1" * 2000], ids=["list", "open", "number"]
+)
+def test_what_is_long_and_no_string(data: bytes) -> None:
+    assert text(Raw(data)) is None

@@ -5,8 +5,10 @@ names the SDK that it is built with. So the more particular mark is looked for f
 """
 
 import re
-from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
+
+import msgspec
 
 from aibridge.wire.base import Headers
 
@@ -59,8 +61,10 @@ _SDKS: Final = frozenset({"anthropic-sdk", "openai-sdk"})
 _MAX_IDENTITY: Final = 1000
 
 
-@dataclass(frozen=True, slots=True)
-class Client:
+_READ: Final = frozenset({b"user-agent", b"x-title", b"x-initiator", b"http-referer", *_SESSION_HEADERS, *_AGENT_HEADERS})
+
+
+class Client(msgspec.Struct, frozen=True):
     """What the request's headers say about its sender; None where they do not say."""
 
     name: str | None
@@ -74,11 +78,12 @@ def identify(headers: Headers) -> Client:
     """Read the headers of a client. Values are cut to 1,000 characters."""
     found: dict[bytes, str] = {}
     for name, value in headers:
-        found.setdefault(name, value.decode("latin-1")[:_MAX_IDENTITY])
+        if name in _READ and name not in found:
+            found[name] = value.decode("latin-1")[:_MAX_IDENTITY]
     user_agent = found.get(b"user-agent")
     return Client(
         name=_client_name(found, user_agent or ""),
-        session_id=next((found[name] for name in _SESSION_HEADERS if found.get(name)), None),
+        session_id=next(filter(None, map(found.get, _SESSION_HEADERS)), None),
         user_agent=user_agent,
         agents={key: found[name] for name, key in _AGENT_HEADERS.items() if found.get(name)},
     )
@@ -87,7 +92,7 @@ def identify(headers: Headers) -> Client:
 def _client_name(headers: dict[bytes, str], user_agent: str) -> str | None:
     if headers.get(b"x-title", "").lower().startswith("kilo"):
         return "kilo"
-    name = next((name for pattern, name in _USER_AGENTS if pattern.search(user_agent)), None)
+    name = _named_by(user_agent)
     if name == "claude-code" and "claude-cli/0." in user_agent and b"x-claude-code-session-id" not in headers:
         return "qwen-code"  # it borrows Claude Code's user agent, with its own version number and without a session
     if name in _SDKS and b"x-initiator" in headers:
@@ -95,3 +100,9 @@ def _client_name(headers: dict[bytes, str], user_agent: str) -> str | None:
     if name == "opencode" and "kilocode" in headers.get(b"http-referer", ""):
         return "kilo"
     return name
+
+
+@lru_cache(maxsize=1000)
+def _named_by(user_agent: str) -> str | None:
+    """The same few programs come again and again."""
+    return next((name for pattern, name in _USER_AGENTS if pattern.search(user_agent)), None)

@@ -3,8 +3,10 @@
 Pure. Names are in lower case, as ASGI delivers them.
 """
 
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
 from typing import Final
+
+import msgspec
 
 from aibridge.errors import ProviderKind
 from aibridge.records import CredentialKind
@@ -28,7 +30,12 @@ _HOP_BY_HOP: Final = frozenset(
 # Set anew for the upstream connection, or meant for this server alone: a cookie belongs to the host it was set by.
 _OURS: Final = frozenset({b"host", b"content-length", b"expect", b"cookie", b"http2-settings"})
 
-_CREDENTIALS: Final = (b"authorization", b"x-api-key", b"api-key")  # the last is Azure's
+_NOT_SENT: Final = _HOP_BY_HOP | _OURS
+
+# The usual values of the connection field, which name no other.
+_NO_NAMES: Final = frozenset({b"keep-alive", b"close", b"Keep-Alive"})
+
+_CREDENTIALS: Final = frozenset({b"authorization", b"x-api-key", b"api-key"})  # the last is Azure's
 
 # From this version on Anthropic's clients send every credential as a bearer token, before it API keys had a header of
 # their own (wire.md A1).
@@ -38,8 +45,7 @@ _HINT_LENGTH: Final = 4
 _SHORTEST_HINTED: Final = 16
 
 
-@dataclass(frozen=True, slots=True)
-class UpstreamHeaders:
+class UpstreamHeaders(msgspec.Struct, frozen=True):
     """The header fields of an upstream request, and whose credential is among them.
 
     `secrets` are the credentials in it, so that they can be kept out of the ledger.
@@ -53,9 +59,9 @@ class UpstreamHeaders:
 
 def to_upstream(headers: Headers, kind: ProviderKind, api_key: str | None) -> UpstreamHeaders:
     """What goes to the provider. Exactly one credential does: the configured key, or without one what the client brought."""
-    dropped = _HOP_BY_HOP | _OURS | _named_by_connection(headers)
-    sent = [field for field in headers if field[0] not in dropped and field[0] not in _CREDENTIALS]
-    brought = [field for field in headers if field[0] in _CREDENTIALS and field[0] not in dropped and field[1].strip()]
+    passed = _without_all(headers, _NOT_SENT)
+    sent = [field for field in passed if field[0] not in _CREDENTIALS]
+    brought = [field for field in passed if field[0] in _CREDENTIALS and field[1].strip()]
     field_name = _credential_field(headers, kind)
     if api_key is not None:
         value = api_key.encode()
@@ -70,8 +76,7 @@ def to_upstream(headers: Headers, kind: ProviderKind, api_key: str | None) -> Up
 
 def to_client(headers: Headers) -> list[tuple[bytes, bytes]]:
     """What goes back to the client: everything but the hop-by-hop fields."""
-    dropped = _HOP_BY_HOP | _named_by_connection(headers)
-    return [field for field in headers if field[0] not in dropped]
+    return _without_all(headers, _HOP_BY_HOP)
 
 
 def without(headers: Headers, name: bytes) -> list[tuple[bytes, bytes]]:
@@ -79,17 +84,21 @@ def without(headers: Headers, name: bytes) -> list[tuple[bytes, bytes]]:
     return [field for field in headers if field[0] != name]
 
 
-def _named_by_connection(headers: Headers) -> frozenset[bytes]:
-    """Fields that the sender declared hop-by-hop (RFC 9110 section 7.6.1)."""
-    options = (value.lower().split(b",") for name, value in headers if name == b"connection")
-    return frozenset(option.strip() for listed in options for option in listed)
+def _without_all(headers: Headers, dropped: AbstractSet[bytes]) -> list[tuple[bytes, bytes]]:
+    """The header fields except those of some names and those that the sender calls hop-by-hop (RFC 9110 section 7.6.1)."""
+    for name, value in headers:
+        if name == b"connection" and value not in _NO_NAMES:
+            dropped = dropped | {option.strip() for option in value.lower().split(b",")}
+    return [field for field in headers if field[0] not in dropped]
 
 
 def _credential_field(headers: Headers, kind: ProviderKind) -> bytes:
     if kind == "openai":
         return b"authorization"
-    version = next((value for name, value in headers if name == b"anthropic-version"), b"")
-    return b"authorization" if version >= _BEARER_SINCE else b"x-api-key"
+    for name, value in headers:
+        if name == b"anthropic-version":
+            return b"authorization" if value >= _BEARER_SINCE else b"x-api-key"
+    return b"x-api-key"
 
 
 def _credential(value: bytes) -> str:

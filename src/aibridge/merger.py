@@ -7,11 +7,13 @@ an observer reads a copy. In the inner loop of injected tools the wire format me
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
+import msgspec
+
 from aibridge.commands import Relay, Respond
 from aibridge.errors import BridgeError, UpstreamError
 from aibridge.tools import Toolset
 from aibridge.wire.base import Request, ResponseFacts, ResponseFilter, ToolCall
-from aibridge.wire.coding import CodingError, Decoder, decoder
+from aibridge.wire.coding import CodingError, decoder
 from aibridge.wire.observer import MAX_BODY_BYTES, Observer, ResponseHead
 from aibridge.wire.reading import Unreadable
 from aibridge.wire.sse import Frame, SseDecoder
@@ -108,15 +110,18 @@ class VerbatimMerger:
         """Answers with the provider's head; later, where it is all there is."""
         self.status = head.status
         self.bodiless = head.bodiless
-        self.started = not head.bodiless
+        self.started = not self.bodiless
+        self._success = head.ok
+        self._coding = head.coding
+        self._left = head.content_length
         self._stream = head.is_stream(requested=self._request.facts.stream)
         self._observer = Observer(self._request.format.reader(), head, stream=self._stream)
-        self._filter, self._decoder = _editing(self._request, head) if self._stream and head.ok else (None, None)
-        self._left = head.content_length
-        self._coding = head.coding
-        self._success = head.ok
-        edited = self._filter is not None
-        headers = [field for field in head.headers if not (edited and field[0] in _DROPPED_WHEN_EDITED)]
+        self._filter: ResponseFilter | None = None
+        if self._stream and self._success and self._observer.undecodable is None:  # else it was compressed beyond us
+            self._filter = self._request.format.response_filter(self._request)
+        headers = head.headers
+        if self._filter is not None:
+            headers = [field for field in headers if field[0] not in _DROPPED_WHEN_EDITED]
         self._beginning = Respond(head.status, headers)
         return self._beginning if self.started else None
 
@@ -140,13 +145,16 @@ class VerbatimMerger:
 
     def feed(self, chunk: bytes) -> bytes:
         """What the client may see now. Raises `UpstreamError` when the response has to be edited and cannot be decoded."""
-        between_events = self._observer.at_boundary
-        self._observer.feed(chunk)
+        observer = self._observer
+        between_events = observer.at_boundary
+        frames = observer.feed(chunk)
         if self._left is not None:
             self._left -= len(chunk)
         if self._filter is not None:
-            chunk = self._filter.feed(_plain(self._decoder, chunk))
-        if self._held is not None and (self.finished or (self._left is not None and self._left <= 0)):
+            if observer.undecodable is not None:
+                raise _undecodable(observer.undecodable)
+            chunk = self._filter.feed(frames)
+        if self._held is not None and ((observer.finished and self._stream) or (self._left is not None and self._left <= 0)):
             if not self._held:
                 self._whole_events = between_events
             self._held.append(chunk)
@@ -167,7 +175,7 @@ class VerbatimMerger:
 
     def rest(self) -> bytes:
         """What an edited stream has left at its end."""
-        return b"" if self._filter is None else self._filter.rest()
+        return b"" if self._filter is None else self._filter.feed(self._observer.leftover())
 
     def whole(self) -> tuple[Respond | Relay, ...]:
         """The head of a response without a body."""
@@ -231,7 +239,7 @@ class LoopMerger:
     def facts(self) -> ResponseFacts:
         """What the upstream response said, without the calls of injected tools."""
         facts = self._observer.facts(cut=self.failure is not None)
-        return replace(facts, tool_calls=tuple(call for call in facts.tool_calls if not self._is_ours(call)))
+        return msgspec.structs.replace(facts, tool_calls=tuple(call for call in facts.tool_calls if not self._is_ours(call)))
 
     def begin(self, head: ResponseHead) -> Respond | None:
         """A further upstream response begins. Raises `UpstreamError` where it cannot be read."""
@@ -241,7 +249,7 @@ class LoopMerger:
         self._body, self._size = [], 0
         self._refused = not head.ok
         try:
-            self._decoder = decoder(head.coding)
+            self._decoder = decoder(head.coding) if head.coding else None
         except CodingError as error:
             raise _undecodable(error) from None
         if self._refused:
@@ -262,7 +270,10 @@ class LoopMerger:
         if self._finished:
             return b""
         self._observer.feed(chunk)
-        plain = _plain(self._decoder, chunk)
+        try:
+            plain = chunk if self._decoder is None else b"".join(self._decoder.feed(chunk))
+        except CodingError as error:
+            raise _undecodable(error) from None
         if self._stream and not self._refused:
             return self._taken_late() + b"".join(map(self._show, self._sse.feed(plain)))
         self._body.append(plain)
@@ -326,26 +337,6 @@ class LoopMerger:
         except Unreadable:
             shown = frame.raw
         return shown.removeprefix(_BOM) if self._goes_on else shown  # only what begins a stream may have one
-
-
-def _editing(request: Request, head: ResponseHead) -> tuple[ResponseFilter | None, Decoder | None]:
-    """What edits the response, and what has to decode it before; neither where a provider compressed it beyond us."""
-    edit = request.format.response_filter(request)
-    if edit is None or not head.coding:
-        return edit, None
-    try:
-        return edit, decoder(head.coding)
-    except CodingError:
-        return None, None
-
-
-def _plain(decoding: Decoder | None, chunk: bytes) -> bytes:
-    if decoding is None:
-        return chunk
-    try:
-        return b"".join(decoding.feed(chunk))
-    except CodingError as error:
-        raise _undecodable(error) from None
 
 
 def _undecodable(error: CodingError) -> UpstreamError:

@@ -4,7 +4,9 @@ Whatever clients choose freely (model and tool names, client names) is bounded: 
 length, a label becomes ``other``. Otherwise one client could fill the memory of the bridge and of Prometheus.
 """
 
-from typing import Final
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -72,6 +74,7 @@ class Metrics:
             ("provider", "model", "route"),
             namespace=namespace,
             registry=registry,
+            multiprocess_mode="livesum",  # of workers that share one port
         )
         self._duration = Histogram(
             "interceptions_duration_seconds",
@@ -113,41 +116,53 @@ class Metrics:
         self._client = _Bounded(max_label_values)
         self._tool = _Bounded(max_label_values)
         self._injected = _Bounded(max_label_values)  # servers choose these
-        self._open: dict[str, Interception] = {}
+        self._series: dict[tuple[str, str, str, str, str], _Series] = {}
+        self._open: dict[str, tuple[_Series, datetime]] = {}
+        self._counts: dict[type, Callable[[Any], None]] = {
+            Interception: self._begin,
+            InterceptionEnded: self._end,
+            TokenUsage: self._count_tokens,
+            PromptUsage: self._count_prompt,
+            ToolUsage: self._count_tool,
+            PassedThrough: self._count_passthrough,
+            RecordLost: self._count_loss,
+            HistoryMissed: self._count_missed,
+        }
 
     def __call__(self, event: Event) -> None:
         """Count an event."""
-        match event:
-            case Interception():
-                self._open[event.id] = event
-                self._inflight.labels(event.provider_name, self._model(event.model), event.route).inc()
-            case InterceptionEnded():
-                self._end(event)
-            case TokenUsage():
-                self._count_tokens(event)
-            case PromptUsage():
-                about = self._open[event.interception_id]
-                self._prompts.labels(about.provider_name, self._model(about.model), *self._who(about)).inc()
-            case ToolUsage():
-                self._count_tool(event)
-            case PassedThrough():
-                self._passthrough.labels(event.provider_name, event.route, event.method).inc()
-            case RecordLost():
-                self._lost.labels(event.kind).inc()
-            case HistoryMissed():
-                provider = self._open[event.interception_id].provider_name
-                self._missed.labels(provider, "lost").inc(event.lost)
-                self._missed.labels(provider, "unknown").inc(event.unknown)
+        count = self._counts.get(type(event))
+        if count is not None:
+            count(event)
+
+    def _begin(self, event: Interception) -> None:
+        key = (
+            event.provider_name,
+            self._model(event.model),
+            event.route,
+            self._initiator(event.initiator_id),
+            self._client(event.client),
+        )
+        series = self._series.get(key)
+        if series is None:
+            series = self._series[key] = _Series(self._inflight, *key)
+        self._open[event.id] = series, event.started_at
+        series.inflight.inc()
 
     def _end(self, event: InterceptionEnded) -> None:
-        about = self._open.pop(event.interception_id)
-        model = self._model(about.model)
-        self._inflight.labels(about.provider_name, model, about.route).dec()
-        self._duration.labels(about.provider_name, model).observe((event.ended_at - about.started_at).total_seconds())
-        self._interceptions.labels(about.provider_name, model, event.status, about.route, _METHOD, *self._who(about)).inc()
+        series, started_at = self._open.pop(event.interception_id)
+        series.inflight.dec()
+        if series.duration is None:
+            series.duration = self._duration.labels(series.provider, series.model)
+        series.duration.observe((event.ended_at - started_at).total_seconds())
+        ended = series.ended.get(event.status)
+        if ended is None:
+            labels = (series.provider, series.model, event.status, series.route, _METHOD, *series.who)
+            ended = series.ended[event.status] = self._interceptions.labels(*labels)
+        ended.inc()
 
     def _count_tokens(self, usage: TokenUsage) -> None:
-        about = self._open[usage.interception_id]
+        series, _ = self._open[usage.interception_id]
         for kind, count in (
             ("input", usage.input_tokens),
             ("output", usage.output_tokens),
@@ -155,15 +170,53 @@ class Metrics:
             ("cache_write", usage.cache_write_input_tokens),
         ):
             if count:
-                self._tokens.labels(about.provider_name, self._model(about.model), kind, *self._who(about)).inc(count)
+                tokens = series.tokens.get(kind)
+                if tokens is None:
+                    tokens = self._tokens.labels(series.provider, series.model, kind, *series.who)
+                    series.tokens[kind] = tokens
+                tokens.inc(count)
+
+    def _count_prompt(self, usage: PromptUsage) -> None:
+        series, _ = self._open[usage.interception_id]
+        if series.prompts is None:
+            series.prompts = self._prompts.labels(series.provider, series.model, *series.who)
+        series.prompts.inc()
 
     def _count_tool(self, usage: ToolUsage) -> None:
-        about = self._open[usage.interception_id]
+        series, _ = self._open[usage.interception_id]
         if usage.injected:
             server, name = str(usage.metadata.get("server", "")), self._injected(usage.tool)
-            self._tool_invocations.labels(about.provider_name, self._model(about.model), server, name).inc()
+            self._tool_invocations.labels(series.provider, series.model, server, name).inc()
         else:
-            self._tool_selections.labels(about.provider_name, self._model(about.model), self._tool(usage.tool)).inc()
+            self._tool_selections.labels(series.provider, series.model, self._tool(usage.tool)).inc()
 
-    def _who(self, about: Interception) -> tuple[str, str]:
-        return self._initiator(about.initiator_id), self._client(about.client)
+    def _count_passthrough(self, event: PassedThrough) -> None:
+        self._passthrough.labels(event.provider_name, event.route, event.method).inc()
+
+    def _count_loss(self, event: RecordLost) -> None:
+        self._lost.labels(event.kind).inc()
+
+    def _count_missed(self, event: HistoryMissed) -> None:
+        series, _ = self._open[event.interception_id]
+        self._missed.labels(series.provider, "lost").inc(event.lost)
+        self._missed.labels(series.provider, "unknown").inc(event.unknown)
+
+
+class _Series:
+    """The time series of interceptions that have all labels in common: finding them costs more than counting.
+
+    Those that may never be needed are looked up when they are: looking one up is what makes it appear, with 0.
+    """
+
+    __slots__ = ("duration", "ended", "inflight", "model", "prompts", "provider", "route", "tokens", "who")
+
+    def __init__(self, inflight: Gauge, provider: str, model: str, route: str, *who: str) -> None:
+        self.provider = provider
+        self.model = model
+        self.route = route
+        self.who = who
+        self.inflight = inflight.labels(provider, model, route)
+        self.duration: Histogram | None = None
+        self.prompts: Counter | None = None
+        self.ended: dict[str, Counter] = {}
+        self.tokens: dict[str, Counter] = {}

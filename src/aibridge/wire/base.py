@@ -4,16 +4,19 @@ There is no universal message type. A format knows how to read its own requests 
 everything above works with those and with opaque bytes.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal, Protocol
 
+import msgspec
 from msgspec import Raw
 
 from aibridge.errors import BadRequest, ProviderKind
 from aibridge.wire.coding import CodingError, decode
-from aibridge.wire.reading import Members, Unreadable, boolean, is_null, is_object, members, parse_object, text
+from aibridge.wire.reading import Unreadable, boolean, is_null, is_object, members, text
+from aibridge.wire.sse import Frame
 from aibridge.wire.turns import TurnFormat
 
 MAX_DECODED_REQUEST_BYTES: Final = 64 * 1024 * 1024
@@ -29,8 +32,7 @@ then; `unknown`, the response ended and the provider reported none."""
 ThoughtSource = Literal["thinking", "reasoning", "reasoning_summary", "commentary"]
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(msgspec.Struct, frozen=True):
     """Tokens of one upstream response. A counter that was never reported is None, which is not 0.
 
     `input_tokens` excludes what was read from or written to a prompt cache, for every provider. `raw` is the JSON text of
@@ -44,28 +46,29 @@ class Usage:
     raw: bytes | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ToolCall:
+class ToolCall(msgspec.Struct, frozen=True):
     """A call that the model made. `input` is the raw text of its arguments, which need not be valid JSON."""
 
     id: str | None
     name: str
     input: str | None
-    details: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Thought:
+class Thought(msgspec.Struct, frozen=True):
     """Something the model thought aloud."""
 
     source: ThoughtSource
     content: str
-    details: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class RequestFacts:
-    """What a request body says. `prompt` is None where the request only continues a turn with tool results."""
+class RequestFacts(msgspec.Struct, frozen=True):
+    """What a request body says.
+
+    `prompt` is None where the request only continues a turn with tool results. `asks_for_usage`: whether its stream is to
+    report usage; None where it says nothing about its stream.
+    """
 
     model: str | None = None
     stream: bool = False
@@ -73,10 +76,10 @@ class RequestFacts:
     correlating_tool_call_id: str | None = None
     session_id: str | None = None
     notes: tuple[str, ...] = ()
+    asks_for_usage: bool | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseFacts:
+class ResponseFacts(msgspec.Struct, frozen=True):
     """What one upstream response said. `error` is the provider's own words, where it reported an error."""
 
     response_id: str | None = None
@@ -136,6 +139,10 @@ class ResponseReader(ABC):
     error: str | None = None
     """The provider's own words, where it has reported an error."""
 
+    run: ClassVar[re.Pattern[bytes] | None] = None
+    """Matches a run of whole frames, up to and including a blank line, of which only the last has to be read, and that not
+    at once: each of them says all that was said by those before it. None where every event has to be read."""
+
     @property
     def ends_at_eof(self) -> bool:
         """Whether the connection may close here without the response being cut."""
@@ -165,11 +172,8 @@ class ResponseReader(ABC):
 class ResponseFilter(Protocol):
     """Takes something out of a stream that is there only because the bridge asked for it."""
 
-    def feed(self, chunk: bytes) -> bytes:
-        """What the client may see of the stream so far, in whole frames."""
-
-    def rest(self) -> bytes:
-        """What is left when the stream has ended."""
+    def feed(self, frames: Sequence[Frame]) -> bytes:
+        """What the client may see of these frames, in its order."""
 
 
 class WireFormat(ABC):
@@ -187,11 +191,11 @@ class WireFormat(ABC):
         understood is for the provider to judge.
         """
         try:
-            plain = decode(coding, body, MAX_DECODED_REQUEST_BYTES)
+            plain = decode(coding, body, MAX_DECODED_REQUEST_BYTES) if coding else body
         except CodingError as error:
             return Request(self, body, RequestFacts(notes=(f"request not read: {error}",)), coding)
         try:
-            facts = self._facts(parse_object(plain))
+            facts = self._facts(plain)
         except Unreadable as error:
             if not is_object(plain):
                 raise BadRequest("The request body must be a JSON object.") from None
@@ -211,5 +215,5 @@ class WireFormat(ABC):
         """A fresh reader for one upstream response."""
 
     @abstractmethod
-    def _facts(self, top: Members) -> RequestFacts:
-        """The facts of a request whose top-level members these are."""
+    def _facts(self, body: bytes) -> RequestFacts:
+        """The facts of a request. Raises `aibridge.wire.reading.Unreadable` when the body is not a JSON object."""

@@ -1,8 +1,11 @@
 """OpenAI Chat Completions: ``POST /v1/chat/completions``, and the many servers that speak it. Facts from wire.md B, D."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Final
 
+import msgspec
 from msgspec import Raw
 
 from aibridge.errors import ProviderKind, error_body
@@ -22,19 +25,25 @@ from aibridge.wire.base import (
 from aibridge.wire.chat_merging import DONE
 from aibridge.wire.chat_turns import ChatTurns
 from aibridge.wire.reading import (
-    Members,
+    NAME,
+    NATURAL,
+    STRING,
+    Count,
+    Shape,
     Unreadable,
     boolean,
     integer,
     is_null,
-    items,
+    is_text,
     members,
-    parse_object,
     text,
 )
 from aibridge.wire.splicing import member_span, without_member
-from aibridge.wire.sse import Frame, SseDecoder
+from aibridge.wire.sse import Frame
 from aibridge.wire.turns import TurnFormat
+
+# No JSON to many servers, so a request that begins with one is not ours to edit.
+_BOM: Final = b"\xef\xbb\xbf"
 
 
 class ChatFormat(WireFormat):
@@ -53,63 +62,89 @@ class ChatFormat(WireFormat):
 
         Unchanged where nothing is streamed, the client asked itself, or the body cannot be edited.
         """
-        if not request.facts.stream or request.coding:
+        facts, body = request.facts, request.body
+        if not facts.stream or facts.asks_for_usage or request.hides_usage or request.coding or body.startswith(_BOM):
             return request
         try:
-            body = _with_include_usage(request.body)
+            body = _with_stream_options(body) if facts.asks_for_usage is None else _with_include_usage(body)
         except Unreadable:
             return request
-        return request if body == request.body else replace(request, body=body, hides_usage=True)
+        return replace(request, body=body, hides_usage=True)
 
     def response_filter(self, request: Request) -> ResponseFilter | None:
         """What takes the usage chunk out again for a client that did not ask for it."""
         return UsageFilter() if request.hides_usage else None
 
-    def _facts(self, top: Members) -> RequestFacts:
-        prompt, tool_call_id = _last_turn(items(top.get("messages")))
+    def _facts(self, body: bytes) -> RequestFacts:
+        given = _REQUEST.parse(body)
+        prompt, tool_call_id = _last_turn(given.messages)
         return RequestFacts(
-            model=text(top.get("model")),
-            stream=boolean(top.get("stream")) or False,
+            model=given.model,
+            stream=given.stream or False,
             prompt=prompt,
             correlating_tool_call_id=tool_call_id,
+            asks_for_usage=_asks_for_usage(given.stream_options),
         )
 
 
 CHAT: Final = ChatFormat()
 
 
-def _last_turn(messages: list[Raw]) -> tuple[str | None, str | None]:
+class _Message(msgspec.Struct, gc=False):
+    role: str | None = None
+    content: Raw = Raw()
+    tool_call_id: str | None = None
+
+
+class _Request(msgspec.Struct):
+    model: str | None = None
+    stream: bool | None = None
+    messages: list[_Message] = []
+    stream_options: Raw = Raw()
+
+
+_REQUEST: Final = Shape(_Request)
+
+
+def _last_turn(messages: Sequence[_Message]) -> tuple[str | None, str | None]:
     """The prompt, or the id of the tool result that this request continues with (wire.md D2, D3)."""
-    for raw in reversed(messages):
-        message = members(raw)
-        match text(message.get("role")):
+    for message in reversed(messages):
+        match message.role:
             case "user":
-                return joined_text(message.get("content"), "text"), None
+                return joined_text(message.content, "text"), None
             case "tool":
-                return None, text(message.get("tool_call_id"))
+                return None, message.tool_call_id
             case "assistant" | "function":
                 return None, None
     return None, None
 
 
-def joined_text(content: Raw | None, part_type: str) -> str:
+class _TextPart(msgspec.Struct, gc=False):
+    type: str | None = None
+    text: Raw = Raw()
+
+
+_TEXT_PART: Final = Shape(_TextPart)
+
+
+def joined_text(content: Raw, part_type: str) -> str:
     """The text of a message whose content is a string or a list of parts."""
-    plain = text(content)
-    if plain is not None:
-        return plain
-    parts = (members(raw) for raw in items(content))
-    return "\n".join(text(part.get("text")) or "" for part in parts if text(part.get("type")) == part_type)
+    if is_text(content):
+        return text(content) or ""
+    return "\n".join(text(part.text) or "" for part in _TEXT_PART.each(content) if part.type == part_type)
+
+
+def _asks_for_usage(stream_options: Raw) -> bool | None:
+    return boolean(members(stream_options).get("include_usage")) or False if stream_options else None
+
+
+def _with_stream_options(body: bytes) -> bytes:
+    end = body.rindex(b"}")
+    view = memoryview(body)
+    return b"".join((view[:end], b',"stream_options":{"include_usage":true}', view[end:]))
 
 
 def _with_include_usage(body: bytes) -> bytes:
-    if body.startswith(b"\xef\xbb\xbf"):  # a byte order mark: no JSON to many servers, so not ours to edit
-        return body
-    given = parse_object(body).get("stream_options")
-    if given is None:
-        end = body.rindex(b"}")
-        return body[:end] + b',"stream_options":{"include_usage":true}' + body[end:]
-    if boolean(members(given).get("include_usage")):
-        return body
     span = member_span(body, "stream_options")  # a walk through the whole body: only where there is something to edit in it
     assert span is not None  # noqa: S101  it was just read
     start, end = span
@@ -125,6 +160,10 @@ def _with_include_usage(body: bytes) -> bytes:
     return body[:start] + edited + body[end:]
 
 
+# A member at the end of an object needs no search: OpenAI's own place for it.
+_LAST_USAGE: Final = b',"usage":null}'
+
+
 class UsageFilter:
     """Takes the usage out of a stream again that carries it only because the bridge asked (failures.md 13).
 
@@ -133,39 +172,89 @@ class UsageFilter:
     """
 
     def __init__(self) -> None:
-        self._decoder = SseDecoder()
         self._hid = False  # the last frame was taken out
 
-    def feed(self, chunk: bytes) -> bytes:
-        """What the client may see of the stream so far, in whole frames."""
-        return b"".join(map(self._shown, self._decoder.feed(chunk)))
-
-    def rest(self) -> bytes:
-        """What of a frame the end of the stream left without its blank line, which clients read all the same."""
-        rest = self._decoder.rest
-        return b"".join(_without_usage(replace(frame, raw=rest)) for frame in self._decoder.feed(b"\n\n")[:1])
+    def feed(self, frames: Sequence[Frame]) -> bytes:
+        """What the client may see of these frames, in its order."""
+        return b"".join([self._shown(frame) for frame in frames])
 
     def _shown(self, frame: Frame) -> bytes:
         if self._hid and frame.raw == b"\n":  # the late half of the line end that the frame before it had
             return b""
-        shown = _without_usage(frame)
+        if frame.run:  # with quotes that are not escaped, so these are members and nothing else
+            shown = frame.raw.replace(b'],"usage":null', b"]")
+        else:
+            shown = _without_usage(frame)
         self._hid = not shown
         return shown
 
 
 def _without_usage(frame: Frame) -> bytes:
-    if frame.data is None or b'"usage"' not in frame.data:
+    data = frame.data
+    if data is None or b'"usage"' not in data:
         return frame.raw
-    chunk = members(frame.data)
+    chunk = members(data)
     usage, choices = chunk.get("usage"), chunk.get("choices")
     if usage is None or choices is None or error_text(chunk.get("error")) is not None:
         return frame.raw
     if not is_null(usage):
         return b"" if bytes(choices).translate(None, b" \t\r\n") == b"[]" else frame.raw
+    if data.endswith(_LAST_USAGE) and data.count(b'"usage"') == 1:
+        return frame.raw.replace(data, data[: -len(_LAST_USAGE)] + b"}")
     try:
-        return frame.raw.replace(frame.data, without_member(frame.data, "usage"))
+        return frame.raw.replace(data, without_member(data, "usage"))
     except Unreadable:
         return frame.raw
+
+
+class _Function(msgspec.Struct, gc=False):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _Custom(msgspec.Struct, gc=False):
+    name: str | None = None
+    input: str | None = None
+
+
+class _CallPart(msgspec.Struct):
+    index: Count | None = None
+    id: str | None = None
+    function: _Function | None = None
+    custom: _Custom | None = None
+
+
+class _Detail(msgspec.Struct, gc=False):
+    text: str | None = None
+    summary: str | None = None
+
+
+class _Part(msgspec.Struct):
+    """A delta or a whole message: what the ledger wants of them has the same members."""
+
+    tool_calls: list[_CallPart] | None = None
+    function_call: _Function | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    reasoning_details: list[_Detail] | None = None
+
+
+class _Answer(msgspec.Struct):
+    index: Count | None = None
+    delta: _Part | None = None
+    message: _Part | None = None
+    finish_reason: str | None = None
+
+
+class _Chunk(msgspec.Struct):
+    id: str | None = None
+    model: str | None = None
+    choices: list[_Answer] | None = None
+    usage: Raw = Raw()
+    error: Raw = Raw()
+
+
+_CHUNK: Final = Shape(_Chunk)
 
 
 class _Call:
@@ -179,16 +268,19 @@ class _Call:
         self.custom = False
         self.pieces: list[str] = []
 
-    def read(self, call: Members) -> None:
+    def read(self, call: _CallPart) -> None:
         """`id` and `name` come once; an empty repetition says nothing (wire.md B2)."""
-        self.id = self.id or text(call.get("id")) or self.id
-        if "custom" in call:
+        self.id = self.id or call.id or self.id
+        if call.custom is not None:
             self.custom = True
-            function, arguments = members(call.get("custom")), "input"
-        else:
-            function, arguments = members(call.get("function")), "arguments"
-        self.name = self.name or text(function.get("name")) or ""
-        self.pieces.append(text(function.get(arguments)) or "")
+            self.name = self.name or call.custom.name or ""
+            self.pieces.append(call.custom.input or "")
+        elif call.function is not None:
+            self.read_function(call.function)
+
+    def read_function(self, function: _Function) -> None:
+        self.name = self.name or function.name or ""
+        self.pieces.append(function.arguments or "")
 
     def call(self) -> ToolCall:
         return ToolCall(self.id, self.name, "".join(self.pieces), {"type": "custom"} if self.custom else {})
@@ -207,18 +299,21 @@ class _Choice:
         self.details: list[str] = []
         self.finished = False
 
-    def read(self, message: Members) -> None:
-        """Take in a delta or a whole message: their members are the same."""
-        for position, call in enumerate(map(members, items(message.get("tool_calls")))):
-            index = integer(call.get("index"))
-            self.calls.setdefault(position if index is None else index, _Call()).read(call)
-        if "function_call" in message and not is_null(message["function_call"]):
+    def read(self, part: _Part) -> None:
+        for position, call in enumerate(part.tool_calls or ()):
+            index = position if call.index is None else call.index
+            if index not in self.calls:
+                self.calls[index] = _Call()
+            self.calls[index].read(call)
+        if part.function_call is not None:
             self.legacy = self.legacy or _Call()
-            self.legacy.read({"function": message["function_call"]})
-        self.reasoning_content.append(text(message.get("reasoning_content")) or "")
-        self.reasoning.append(text(message.get("reasoning")) or "")
-        for detail in map(members, items(message.get("reasoning_details"))):
-            self.details.append(text(detail.get("text")) or text(detail.get("summary")) or "")
+            self.legacy.read_function(part.function_call)
+        if part.reasoning_content:
+            self.reasoning_content.append(part.reasoning_content)
+        if part.reasoning:
+            self.reasoning.append(part.reasoning)
+        for detail in part.reasoning_details or ():
+            self.details.append(detail.text or detail.summary or "")
 
     def tool_calls(self, *, ended: bool) -> list[ToolCall]:
         """The calls whose arguments are whole: all of an ended choice, else those that another one has followed."""
@@ -238,8 +333,22 @@ class _Choice:
         return Thought("reasoning", content, details)
 
 
+_BESIDE: Final = rb'(?:,"(?:object|created|provider|service_tier|system_fingerprint)":(?:%b|%b|null))*+' % (NAME, NATURAL)
+_TEXT: Final = rb'"content":%b' % STRING
+_PADDING: Final = rb'(?:,"obfuscation":%b)?+\}\n\n' % NAME
+
+
 class ChatReader(ResponseReader):
     """One Chat Completions response."""
+
+    # Text of the first choice. The ledger wants no more of a chunk than its id, its model and that there is such a choice.
+    # Within a run all is the same but the text and the padding, so later chunks need only be compared.
+    run: ClassVar[re.Pattern[bytes] | None] = re.compile(
+        rb'data: (\{"id":%b%b,"model":%b%b,"choices":\[\{"index":0,"delta":\{(?:"role":"assistant",)?+)%b'
+        rb'((?:,"[a-z_]++":null)*+\}(?:,"(?:finish_reason|logprobs|native_finish_reason|stop_reason|token_ids)":null)*+\}\]'
+        rb'(?:,"usage":null)?+%b)%b(?:data: \1%b\2%b)*+'
+        % (NAME, _BESIDE, NAME, _BESIDE, _TEXT, _BESIDE, _PADDING, _TEXT, _PADDING)
+    )
 
     def __init__(self) -> None:
         self._id: str | None = None
@@ -257,10 +366,10 @@ class ChatReader(ResponseReader):
 
     def read_event(self, data: bytes) -> None:
         """Take in the data of one server-sent event."""
-        if data.strip() == DONE:
+        if self.is_last(data):
             self.finished = True
             return
-        self._read(parse_object(data), "delta")
+        self._read(_CHUNK.parse(data))
 
     def is_last(self, data: bytes) -> bool:
         """``[DONE]``."""
@@ -268,7 +377,7 @@ class ChatReader(ResponseReader):
 
     def read_body(self, body: bytes) -> None:
         """Take in a whole JSON body."""
-        self._read(parse_object(body), "message")
+        self._read(_CHUNK.parse(body), whole=True)
         for choice in self._choices.values():
             choice.finished = True
         self.finished = True
@@ -294,21 +403,24 @@ class ChatReader(ResponseReader):
         """A chunk with an ``error``, at which both SDKs raise (wire.md B2)."""
         return b"data: " + error_body("openai", status, message) + b"\n\n"
 
-    def _read(self, chunk: Members, message: str) -> None:
-        self._id = text(chunk.get("id")) or self._id
-        self._model = text(chunk.get("model")) or self._model
-        choices = items(chunk.get("choices"))
-        for position, choice in enumerate(map(members, choices)):
-            index = integer(choice.get("index"))
-            state = self._choices.setdefault(position if index is None else index, _Choice())
-            state.read(members(choice.get(message)))
-            if (reason := text(choice.get("finish_reason"))) is not None:
-                state.finished = True
-                self._stop_reason = reason
-        if "usage" in chunk and members(chunk["usage"]):  # a running total where every chunk has one: the last counts
-            self._usage = chunk["usage"]
+    def _read(self, chunk: _Chunk, *, whole: bool = False) -> None:
+        self._id = chunk.id or self._id
+        self._model = chunk.model or self._model
+        choices = chunk.choices or ()
+        for position, answer in enumerate(choices):
+            index = position if answer.index is None else answer.index
+            choice = self._choices.get(index)
+            if choice is None:
+                choice = self._choices[index] = _Choice()
+            if (part := answer.message if whole else answer.delta) is not None:
+                choice.read(part)
+            if answer.finish_reason is not None:
+                choice.finished = True
+                self._stop_reason = answer.finish_reason
+        if chunk.usage and members(chunk.usage):  # a running total where every chunk has one: the last counts
+            self._usage = chunk.usage
             self._usage_chunk = not choices
-        if (error := error_text(chunk.get("error"))) is not None:
+        if chunk.error and (error := error_text(chunk.error)) is not None:
             self.error = error
             self.finished = True
 

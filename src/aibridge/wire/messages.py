@@ -1,6 +1,7 @@
 """Anthropic Messages: ``POST /v1/messages``. Facts from wire.md A2 to A10 and D1 to D3."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Final
 
 import msgspec
@@ -21,7 +22,21 @@ from aibridge.wire.base import (
 from aibridge.wire.messages_history import LEGACY_SESSION
 from aibridge.wire.messages_merging import update_usage
 from aibridge.wire.messages_turns import MessagesTurns
-from aibridge.wire.reading import MAX_INTEGER, Members, boolean, integer, items, members, parse_object, source, text
+from aibridge.wire.reading import (
+    MAX_INTEGER,
+    NATURAL,
+    STRING,
+    Count,
+    Members,
+    Shape,
+    integer,
+    is_text,
+    items,
+    members,
+    parse_object,
+    source,
+    text,
+)
 from aibridge.wire.turns import TurnFormat
 
 # Members of a tool call that say who runs it and where (wire.md A3).
@@ -39,43 +54,67 @@ class MessagesFormat(WireFormat):
         """A fresh reader for one upstream response."""
         return MessagesReader()
 
-    def _facts(self, top: Members) -> RequestFacts:
-        prompt, tool_call_id = _last_user_turn(items(top.get("messages")))
+    def _facts(self, body: bytes) -> RequestFacts:
+        given = _REQUEST.parse(body)
+        prompt, tool_call_id = _last_user_turn(given.messages)
         return RequestFacts(
-            model=text(top.get("model")),
-            stream=boolean(top.get("stream")) or False,
+            model=given.model,
+            stream=given.stream or False,
             prompt=prompt,
             correlating_tool_call_id=tool_call_id,
-            session_id=_session_id(text(members(top.get("metadata")).get("user_id"))),
+            session_id=None if given.metadata is None else _session_id(given.metadata.user_id),
         )
 
 
 MESSAGES: Final = MessagesFormat()
 
 
-def _last_user_turn(messages: list[Raw]) -> tuple[str | None, str | None]:
+class _Message(msgspec.Struct, gc=False):
+    role: str | None = None
+    content: Raw = Raw()
+
+
+class _Metadata(msgspec.Struct, gc=False):
+    user_id: str | None = None
+
+
+class _Request(msgspec.Struct):
+    model: str | None = None
+    stream: bool | None = None
+    messages: list[_Message] = []
+    metadata: _Metadata | None = None
+
+
+class _Content(msgspec.Struct, gc=False):
+    type: str | None = None
+    text: Raw = Raw()
+    tool_use_id: str | None = None
+
+
+_REQUEST: Final = Shape(_Request)
+_CONTENT: Final = Shape(_Content)
+
+
+def _last_user_turn(messages: Sequence[_Message]) -> tuple[str | None, str | None]:
     """The newest user message's prompt, and the id of its last tool result.
 
     Claude Code puts a ``system`` message after the user's (clients.md 3). A message of tool results alone continues the
     turn and is no prompt (wire.md D2).
     """
-    for raw in reversed(messages):
-        message = members(raw)
-        if text(message.get("role")) != "user":
+    for message in reversed(messages):
+        if message.role != "user":
             continue
-        content = message.get("content")
-        if (plain := text(content)) is not None:
-            return plain, None
+        if is_text(message.content):
+            return text(message.content), None
         texts: list[str] = []
         tool_call_id: str | None = None
         only_results = True
-        for block in map(members, items(content)):
-            kind = text(block.get("type"))
-            if kind == "tool_result":
-                tool_call_id = text(block.get("tool_use_id"))
+        for block in _CONTENT.each(message.content):
+            if block.type == "tool_result":
+                tool_call_id = block.tool_use_id
                 continue
             only_results = False
-            if kind == "text" and (part := text(block.get("text"))) is not None:
+            if block.type == "text" and (part := text(block.text)) is not None:
                 texts.append(part)
         return (None if only_results else "\n".join(texts)), tool_call_id
     return None, None
@@ -84,7 +123,7 @@ def _last_user_turn(messages: list[Raw]) -> tuple[str | None, str | None]:
 def _session_id(user_id: str | None) -> str | None:
     if user_id is None:
         return None
-    if session := text(members(user_id.encode()).get("session_id")):
+    if user_id.startswith("{") and (session := text(members(user_id.encode()).get("session_id"))):
         return session
     match = LEGACY_SESSION.search(user_id)
     return match.group(1) if match else None
@@ -118,8 +157,31 @@ class _Block:
         return ToolCall(text(self.members.get("id")), text(self.members.get("name")) or "", arguments, details)
 
 
+class _Delta(msgspec.Struct, gc=False):
+    type: str | None = None
+    partial_json: str | None = None
+    thinking: str | None = None
+
+
+class _BlockDelta(msgspec.Struct):
+    type: str | None = None
+    index: Count | None = None
+    delta: _Delta | None = None
+
+
+_BLOCK_DELTA: Final = Shape(_BlockDelta)
+_BLOCK_DELTA_PREFIX: Final = b'{"type":"content_block_delta",'
+
+
 class MessagesReader(ResponseReader):
     """One Messages response."""
+
+    # Text, of which the ledger wants nothing, and pings. Anthropic pads events with spaces.
+    run: ClassVar[re.Pattern[bytes] | None] = re.compile(
+        rb'(?:(?:event: content_block_delta\n)?+data: \{"type": ?+"content_block_delta", ?+"index": ?+%b, ?+"delta": ?+'
+        rb'\{"type": ?+"text_delta", ?+"text": ?+%b\} *+\}\n\n|event: ping\ndata: \{"type": ?+"ping" *+\}\n\n)++'
+        % (NATURAL, STRING)
+    )
 
     def __init__(self) -> None:
         self._id: str | None = None
@@ -133,12 +195,13 @@ class MessagesReader(ResponseReader):
 
     def read_event(self, data: bytes) -> None:
         """Take in the data of one server-sent event."""
+        if data.startswith(_BLOCK_DELTA_PREFIX):  # most are
+            self._read_delta(_BLOCK_DELTA.parse(data))
+            return
         event = parse_object(data)
         match text(event.get("type")):
             case "content_block_delta":
-                block = self._open.get(integer(event.get("index")) or 0)
-                if block is not None:
-                    self._read_delta(block, members(event.get("delta")))
+                self._read_delta(_BLOCK_DELTA.parse(data))
             case "content_block_start":
                 self._open_block(integer(event.get("index")) or 0, members(event.get("content_block")))
             case "content_block_stop":
@@ -215,12 +278,14 @@ class MessagesReader(ResponseReader):
             block.complete = True
         self.finished = True
 
-    def _read_delta(self, block: _Block, delta: Members) -> None:
-        match text(delta.get("type")):
-            case "input_json_delta":
-                block.pieces.append(text(delta.get("partial_json")) or "")
-            case "thinking_delta":
-                block.pieces.append(text(delta.get("thinking")) or "")
+    def _read_delta(self, event: _BlockDelta) -> None:
+        block, delta = self._open.get(event.index or 0), event.delta
+        if block is None or delta is None:
+            return
+        if delta.type == "input_json_delta":
+            block.pieces.append(delta.partial_json or "")
+        elif delta.type == "thinking_delta":
+            block.pieces.append(delta.thinking or "")
 
     def _read_usage(self, usage: Members) -> None:
         update_usage(self._usage, usage, fallback=self._fallback)
@@ -232,17 +297,17 @@ def _is_call(kind: str) -> bool:
 
 def _usage(usage: Mapping[str, Raw]) -> Usage:
     """Billed per entry of `iterations` where there are any: the top level leaves some out (wire.md A8)."""
-    counted = [members(raw) for raw in items(usage.get("iterations"))] or [usage]
+    entries = [members(raw) for raw in items(usage.get("iterations"))]
     return Usage(
-        input_tokens=_total(counted, usage, "input_tokens"),
-        output_tokens=_total(counted, usage, "output_tokens"),
-        cache_read_input_tokens=_total(counted, usage, "cache_read_input_tokens"),
-        cache_write_input_tokens=_total(counted, usage, "cache_creation_input_tokens"),
+        input_tokens=_total(entries, usage, "input_tokens"),
+        output_tokens=_total(entries, usage, "output_tokens"),
+        cache_read_input_tokens=_total(entries, usage, "cache_read_input_tokens"),
+        cache_write_input_tokens=_total(entries, usage, "cache_creation_input_tokens"),
         raw=msgspec.json.encode(usage),
     )
 
 
-def _total(counted: list[Mapping[str, Raw]] | list[Members], usage: Mapping[str, Raw], name: str) -> int | None:
-    reported = [count for entry in counted if (count := integer(entry.get(name))) is not None]
+def _total(entries: list[Members], usage: Members, name: str) -> int | None:
+    reported = [count for entry in entries if (count := integer(entry.get(name))) is not None]
     total = sum(reported)
     return total if reported and total <= MAX_INTEGER else integer(usage.get(name))

@@ -1,5 +1,6 @@
 """OpenAI Responses: ``POST /v1/responses``. Facts from wire.md C1 to C5 and D1 to D3."""
 
+import re
 from typing import Any, ClassVar, Final
 
 import msgspec
@@ -20,7 +21,19 @@ from aibridge.wire.base import (
 )
 from aibridge.wire.chat import joined_text, without_cache
 from aibridge.wire.chat_merging import DONE
-from aibridge.wire.reading import Members, boolean, integer, items, members, parse_object, source, text
+from aibridge.wire.reading import (
+    NATURAL,
+    STRING,
+    Count,
+    Members,
+    Shape,
+    integer,
+    items,
+    members,
+    parse_object,
+    source,
+    text,
+)
 from aibridge.wire.responses_merging import is_client_run
 from aibridge.wire.responses_turns import ResponsesTurns
 from aibridge.wire.sse import ON_ONE_LINE
@@ -50,36 +63,58 @@ class ResponsesFormat(WireFormat):
         """A fresh reader for one upstream response."""
         return ResponsesReader()
 
-    def _facts(self, top: Members) -> RequestFacts:
-        prompt, tool_call_id = _last_turn(top.get("input"))
+    def _facts(self, body: bytes) -> RequestFacts:
+        given = _REQUEST.parse(body)
+        prompt, tool_call_id = _last_turn(given.input)
         return RequestFacts(
-            model=text(top.get("model")),
-            stream=boolean(top.get("stream")) or False,
+            model=given.model,
+            stream=given.stream or False,
             prompt=prompt,
             correlating_tool_call_id=tool_call_id,
-            session_id=text(members(top.get("client_metadata")).get("session_id")),
+            session_id=None if given.client_metadata is None else given.client_metadata.session_id,
         )
 
 
 RESPONSES: Final = ResponsesFormat()
 
 
-def _last_turn(given: Raw | None) -> tuple[str | None, str | None]:
+class _ClientMetadata(msgspec.Struct, gc=False):
+    session_id: str | None = None
+
+
+class _Item(msgspec.Struct, gc=False):
+    type: str | None = None
+    role: str | None = None
+    content: Raw = Raw()
+    call_id: str | None = None
+    id: str | None = None
+
+
+class _Request(msgspec.Struct):
+    model: str | None = None
+    stream: bool | None = None
+    input: str | list[_Item] | None = None
+    client_metadata: _ClientMetadata | None = None
+
+
+_REQUEST: Final = Shape(_Request)
+
+
+def _last_turn(given: str | list[_Item] | None) -> tuple[str | None, str | None]:
     """The prompt, or the id of the tool result that this request continues with (wire.md D2, D3).
 
     What the model said, and a request to compact, come after the prompt that they answer: no new prompt then.
     """
-    if (plain := text(given)) is not None:
-        return plain, None
-    for raw in reversed(items(given)):
-        item = members(raw)
-        kind = text(item.get("type")) or "message"
+    if isinstance(given, str):
+        return given, None
+    for item in reversed(given or ()):
+        kind = item.type or "message"
         if kind.endswith("_output"):
-            return None, text(item.get("call_id")) or text(item.get("id"))
+            return None, item.call_id or item.id
         if kind == "message":
-            match text(item.get("role")):
+            match item.role:
                 case "user":
-                    return joined_text(item.get("content"), "input_text"), None
+                    return joined_text(item.content, "input_text"), None
                 case "assistant":
                     return None, None
         elif kind.endswith("_call") or kind in ("reasoning", "compaction_trigger", "mcp_approval_response"):
@@ -87,8 +122,36 @@ def _last_turn(given: Raw | None) -> tuple[str | None, str | None]:
     return None, None
 
 
+class _ThoughtDelta(msgspec.Struct, gc=False):
+    type: str | None = None
+    sequence_number: Count | None = None
+    output_index: Count | None = None
+    summary_index: Count | None = None
+    content_index: Count | None = None
+    delta: str | None = None
+
+
+_THOUGHT_DELTA: Final = Shape(_ThoughtDelta)
+_THOUGHT_DELTA_PREFIX: Final = b'{"type":"response.reasoning_'
+
+# What an output item is made of on the way. The ledger reads the item when it is done.
+_PIECES: Final = (
+    rb"response\.(?:output_text|function_call_arguments|custom_tool_call_input|refusal|mcp_call_arguments"
+    rb"|code_interpreter_call_code)\.delta"
+)
+
+
 class ResponsesReader(ResponseReader):
     """One Responses response."""
+
+    # Pieces of items, of which the ledger wants no more than their number. Within a run all is the same but that, the
+    # piece and the padding, so later events need only be compared.
+    run: ClassVar[re.Pattern[bytes] | None] = re.compile(
+        rb'(event: (%b)\ndata: \{"type":"\2","sequence_number":)%b'
+        rb'((?:,"item_id":%b|,"(?:output|content)_index":%b)*+,"delta":)%b((?:,"(?:output|content)_index":%b|,"logprobs":\[\])*+)'
+        rb'(?:,"obfuscation":%b)?+\}\n\n(?:\1%b\3%b\4(?:,"obfuscation":%b)?+\}\n\n)*+'
+        % (_PIECES, NATURAL, STRING, NATURAL, STRING, NATURAL, STRING, NATURAL, STRING, STRING)
+    )
 
     def __init__(self) -> None:
         self._response: dict[str, Raw] = {}  # the newest lifecycle event's object
@@ -104,12 +167,17 @@ class ResponsesReader(ResponseReader):
         """Take in the data of one server-sent event."""
         if data.strip() == DONE:  # tolerated by every client, says nothing (wire.md C3)
             return
+        if data.startswith(_THOUGHT_DELTA_PREFIX):
+            delta = _THOUGHT_DELTA.parse(data)
+            if delta.type in _THOUGHT_DELTAS:
+                self._count(delta.sequence_number)
+                self._read_thought(delta, _THOUGHT_DELTAS[delta.type])
+                return
         event = parse_object(data)
         kind = text(event.get("type")) or ""
-        number = integer(event.get("sequence_number"))
-        self._sequence_number = self._sequence_number + 1 if number is None else number
+        self._count(integer(event.get("sequence_number")))
         if kind in _THOUGHT_DELTAS:
-            self._read_thought(event, _THOUGHT_DELTAS[kind])
+            self._read_thought(_THOUGHT_DELTA.parse(data), _THOUGHT_DELTAS[kind])
         elif kind == "response.output_item.done":
             self._read_item(integer(event.get("output_index")), members(event.get("item")))
         elif kind == "error":
@@ -186,10 +254,12 @@ class ResponsesReader(ResponseReader):
         self._items[index] = item
         self._thinking = {key: pieces for key, pieces in self._thinking.items() if key[0] != index}
 
-    def _read_thought(self, event: Members, kind: ThoughtSource) -> None:
-        part = "summary_index" if kind == "reasoning_summary" else "content_index"
-        key = (integer(event.get("output_index")) or 0, integer(event.get(part)) or 0, kind)
-        self._thinking.setdefault(key, []).append(text(event.get("delta")) or "")
+    def _count(self, number: int | None) -> None:
+        self._sequence_number = self._sequence_number + 1 if number is None else number
+
+    def _read_thought(self, event: _ThoughtDelta, kind: ThoughtSource) -> None:
+        part = event.summary_index if kind == "reasoning_summary" else event.content_index
+        self._thinking.setdefault((event.output_index or 0, part or 0, kind), []).append(event.delta or "")
 
     def _fail(self, error: str) -> None:
         self.error = error
@@ -229,7 +299,7 @@ def _thoughts(item: Members) -> list[Thought]:
                 *(Thought("reasoning", _part_text(part)) for part in items(item.get("content"))),
             ]
         case "message" if text(item.get("phase")) == "commentary":
-            return [Thought("commentary", joined_text(item.get("content"), "output_text"))]
+            return [Thought("commentary", joined_text(item.get("content", Raw()), "output_text"))]
     return []
 
 
