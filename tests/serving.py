@@ -1,18 +1,16 @@
-"""The gateway in the test's own event loop: behind real uvicorn, or called as ASGI with the test as its server."""
+"""The gateway in the test's own event loop: behind its HTTP server, or called as ASGI with the test as its server."""
 
 import asyncio
 import json
-import socket
 from collections.abc import AsyncIterator, Iterable, Mapping, MutableMapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from typing import Any
-
-import uvicorn
 
 from aibridge.asgi import App
 from aibridge.config import Settings
+from aibridge.httpserver import bound
 from aibridge.identity import Actor, as_actor
-from aibridge.server import uvicorn_config
+from aibridge.server import http_server
 from tests.support.provider import WAIT_SECONDS, Gate
 
 Fields = Sequence[tuple[bytes, bytes]]
@@ -27,16 +25,16 @@ def settings(**sections: Mapping[str, Any]) -> Settings:
 
 @asynccontextmanager
 async def serving(app: Any, configuration: Settings) -> AsyncIterator[str]:
-    """Real uvicorn, configured as ``aibridge serve`` does; the URL that it listens on."""
-    with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
-        server = uvicorn.Server(uvicorn_config(app, configuration))
-        running = asyncio.create_task(server.serve(sockets=[listener]))
+    """The HTTP server, configured as ``aibridge serve`` does; the URL that it listens on."""
+    (listener,) = bound("127.0.0.1", 0)
+    server = http_server(app, configuration)
+    async with app if isinstance(app, AbstractAsyncContextManager) else nullcontext():
+        await server.start([listener])
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
-            server.should_exit = True
             async with asyncio.timeout(WAIT_SECONDS):
-                await running
+                await server.stop(configuration.server.shutdown_grace)
 
 
 def scope(

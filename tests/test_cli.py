@@ -147,7 +147,7 @@ def process(*arguments: str, folder: Path, env: Mapping[str, str] | None = None)
 def test_serving_and_stopping() -> None:
     with Gateway() as gateway:
         assert gateway.database.exists()
-        assert "Uvicorn running on http://127.0.0.1:" in gateway.output
+        assert "listening on http://127.0.0.1:" in gateway.output
         status = gateway.stop()
         assert status in (0, -signal.SIGTERM), "as the signal that it obeyed"
         assert "Traceback" not in gateway.output and "ERROR" not in gateway.output

@@ -22,6 +22,8 @@ LAYERS = [
     ["aibridge.check", "aibridge.demo", "aibridge.tooling"],
     ["aibridge.server"],
     ["aibridge.config"],
+    ["aibridge.httpserver"],
+    ["aibridge.httpprotocol"],
     # the library
     ["aibridge"],
     ["aibridge.bridge"],

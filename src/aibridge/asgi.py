@@ -1,5 +1,6 @@
 """The client's side of one request, on top of ASGI."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import suppress
 from typing import Any, Final
@@ -7,6 +8,10 @@ from urllib.parse import quote
 
 from aibridge.errors import BodyTooLarge, BridgeError, ClientDisconnected, ProviderKind, error_body
 from aibridge.wire.base import Headers
+
+WHEN_GONE: Final = "aibridge.when_gone"
+"""The scope's key under which a server may offer to call back when the client has gone, which spares a task that waits for
+``http.disconnect``: a function that takes the callback, and answers with what forgets it again."""
 
 _MAX_DIGITS: Final = 18
 _BODILESS: Final = (204, 304)
@@ -29,6 +34,7 @@ class ClientConnection:
         """The response has begun: from here on an error can only be told in-band."""
         self.upload_error: BridgeError | ClientDisconnected | None = None
         """Why the request body could not be read to its end."""
+        self._when_gone: Callable[[Callable[[], None]], Callable[[], None]] | None = scope.get(WHEN_GONE)
         self._receive = receive
         self._send = send
 
@@ -61,10 +67,19 @@ class ClientConnection:
             if message.get("body"):
                 yield message["body"]
 
-    async def gone(self) -> None:
-        """Wait until the client has disconnected. The request body must have been read."""
+    def when_gone(self, callback: Callable[[], None]) -> Callable[[], object]:
+        """Have something called when the client has disconnected, unless what is answered is called before.
+
+        The request body must have been read.
+        """
+        if self._when_gone is not None:
+            return self._when_gone(callback)
+        return asyncio.create_task(self._gone(callback)).cancel
+
+    async def _gone(self, callback: Callable[[], None]) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
+        callback()
 
     async def respond(self, status: int, headers: Headers) -> None:
         """Begin the response."""

@@ -3,9 +3,7 @@
 The server, the client's HTTP and the ledger are the real ones; only the provider's answers are scripted.
 """
 
-import asyncio
 import json
-import socket
 import sqlite3
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -13,11 +11,10 @@ from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any, Final
 
-import uvicorn
-
 from aibridge.config import DatabaseSettings, ServerSettings, Settings
 from aibridge.httpclient import HttpUpstream
-from aibridge.server import Server, uvicorn_config
+from aibridge.httpserver import bound
+from aibridge.server import Server, http_server
 from aibridge.upstream import MemoryResponse, MemoryUpstream, UpstreamRequest
 from aibridge.wire.observer import ResponseHead
 from aibridge.wire.sse import SseDecoder
@@ -70,16 +67,14 @@ _CLIENT: Final = [
 async def _gateway(database: Path) -> AsyncIterator[str]:
     """The server on a free port of loopback, in this event loop."""
     settings = Settings(server=ServerSettings(port=0), database=DatabaseSettings(url=f"sqlite:///{database}"))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn_config(Server(settings, upstream=MemoryUpstream(_provider)), settings))
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        while not (server.started or serving.done()):  # noqa: ASYNC110  uvicorn has no event to wait for
-            await asyncio.sleep(0.01)
+    (listener,) = bound("127.0.0.1", 0)
+    async with Server(settings, upstream=MemoryUpstream(_provider)) as server:
+        http = http_server(server, settings)
+        await http.start([listener])
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
-            server.should_exit = True
-            await serving
+            await http.stop(settings.server.shutdown_grace)
 
 
 async def _turn(url: str, messages: list[Any]) -> list[dict[str, Any]]:

@@ -47,6 +47,12 @@ class UnknownRoute(BridgeError):
     status = 404
 
 
+class RequestTimeout(BridgeError):
+    """The client was too slow to send its request."""
+
+    status = 408
+
+
 class BodyTooLarge(BridgeError):
     """The request body is over the configured limit."""
 

@@ -3,10 +3,10 @@
 Without injected tools nothing is (`aibridge.sidecalls`).
 """
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 from aibridge.asgi import ClientConnection
 from aibridge.errors import BridgeError, ClientDisconnected, UpstreamError
@@ -34,22 +34,21 @@ async def pass_through(
 ) -> None:
     """Serve one request. Raises `BridgeError` where nothing was sent yet. When the client goes, the provider is told."""
     waits = Interruptible()
-    watches: list[asyncio.Task[None]] = []
+    watches: list[Callable[[], object]] = []
 
-    async def watch() -> None:
-        await client.gone()
-        waits.interrupt(ClientDisconnected())
+    def watch() -> None:
+        watches.append(client.when_gone(partial(waits.interrupt, ClientDisconnected())))
 
     async def upload() -> AsyncIterator[bytes]:
         async for piece in client.pieces(max_body_bytes):
             yield piece
-        watches.append(asyncio.create_task(watch()))  # only now: what comes before the end is the body
+        watch()  # only now: what comes before the end is the body
 
     body: Body = adapted.body or b""
     if adapted.body is None and (client.header(b"transfer-encoding") or client.header(b"content-length") not in ("", "0")):
         body = upload()
     else:
-        watches.append(asyncio.create_task(watch()))
+        watch()
     headers = _headers(client, provider, adapted, streamed=not isinstance(body, bytes))
     request = UpstreamRequest(client.method, provider.url(adapted.path, client.query), headers, body, provider.ca_file)
     response = None
@@ -68,8 +67,8 @@ async def pass_through(
         if client.upload_error is None:
             raise
     finally:
-        for task in watches:
-            task.cancel()
+        for forget in watches:
+            forget()
         if response is not None:
             response.close()
 

@@ -139,11 +139,12 @@ class _Exchange:
         self._listening = True
         self._reading = True  # from the provider, and not calling tools
         self._aborted = False
+        self._patience: asyncio.TimerHandle | None = None  # with a provider that nobody listens to
 
     async def run(self, conversation: Conversation, stopping: Stopping) -> None:
         """Step through the conversation to its end, whatever happens on the way."""
         stopping.add(self._waits)
-        watch = asyncio.create_task(self._watch())
+        forget = self._client.when_gone(self._client_has_gone)
         step: Callable[[Any], Command] = conversation.send
         result: Any = None
         try:
@@ -163,7 +164,9 @@ class _Exchange:
             self._entry.abandon()
             raise
         finally:
-            watch.cancel()
+            forget()
+            if self._patience is not None:
+                self._patience.cancel()
             self._keep_alive_with(b"")
             if self._response is not None:
                 self._response.close()
@@ -244,13 +247,15 @@ class _Exchange:
             # known and has told the client.
             raise Interrupted from None
 
-    async def _watch(self) -> None:
-        """Notice that the client has gone: stop the provider at once, or let it finish for the record."""
-        await self._client.gone()
+    def _client_has_gone(self) -> None:
+        """Stop the provider at once, or let it finish for the record."""
         self._listening = False
-        if self._interceptor.provider.on_disconnect == "drain" and self._reading:
-            await asyncio.sleep(self._interceptor.provider.drain_seconds)
-        self._waits.interrupt(ClientDisconnected())
+        provider = self._interceptor.provider
+        if provider.on_disconnect == "drain" and self._reading:
+            loop = asyncio.get_running_loop()
+            self._patience = loop.call_later(provider.drain_seconds, self._waits.interrupt, ClientDisconnected())
+        else:
+            self._waits.interrupt(ClientDisconnected())
 
 
 def scope_of(actor: Actor, provider: Provider, wire_format: WireFormat) -> str:

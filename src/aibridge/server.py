@@ -4,13 +4,14 @@ import asyncio
 import logging
 import re
 import resource
+import signal
 import socket
-from types import FrameType
-from typing import Any, Final
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Final, Self
 
 import msgspec
-import uvicorn
-from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
+import uvloop
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
@@ -20,26 +21,25 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from aibridge.asgi import ClientConnection, Message, Receive, Scope, Send, path_of
+from aibridge.asgi import App, ClientConnection, Receive, Scope, Send, path_of
 from aibridge.bridge import RequestBridge
 from aibridge.config import Settings
-from aibridge.errors import BadRequest, BridgeError, HeadersTooLarge, NotAuthenticated, error_body
+from aibridge.errors import BridgeError, NotAuthenticated
 from aibridge.guard import LoopbackGuard
 from aibridge.httpclient import HttpUpstream
+from aibridge.httpconnection import bracketed
+from aibridge.httpserver import HttpServer, bound
 from aibridge.identity import Authenticator, LocalUser, TrustedProxy, as_actor, without_headers
 from aibridge.injection import Injection
 from aibridge.metrics import Metrics
 from aibridge.recording import Recorder, SqliteApprovals, SqliteHistory, SqliteRecorder
 from aibridge.upstream import Upstream
 
-# A client's pooled connection should end on the client's side: one that we close under its next request costs it an error.
-_KEEP_ALIVE_SECONDS: Final = 75
+logger = logging.getLogger(__name__)
+
 _OPEN_FILES: Final = 65_536
-_UNFINISHED: Final = "ASGI callable returned without completing response."
-_LAST_WORDS_SECONDS: Final = 2.0
-_FRAMING: Final = (b"content-length", b"transfer-encoding")
+_CANNOT_START: Final = 3
 
 
 class Server:
@@ -61,16 +61,12 @@ class Server:
             max_header_bytes=settings.limits.max_header_bytes,
         )
         self._authenticator = _authenticator(settings)
-        self._starting: asyncio.Task[Any] | None = None
         self._guard = (
             LoopbackGuard([settings.server.host, *settings.server.allowed_hosts]) if settings.server.on_loopback else None
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
-        if scope["type"] == "lifespan":
-            await self._live(scope, receive, send)
-            return
         if scope["type"] != "http":
             await self._bridge(scope, receive, send)
             return
@@ -90,21 +86,16 @@ class Server:
         except BridgeError as error:
             await client.refuse(self._bridge.kind_of(scope), error)
 
-    def give_up(self) -> None:
-        """Start no further, and end what was started. May be called by a signal handler."""
-        if self._starting is not None:
-            self._starting.get_loop().call_soon_threadsafe(self._starting.cancel)
+    async def __aenter__(self) -> Self:
+        """Open what the bridge needs."""
+        await self._bridge.__aenter__()
+        return self
 
-    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def said(message: Message) -> None:
-            self._starting = None
-            await send(message)
-
-        self._starting = asyncio.current_task()
-        try:
-            await self._bridge(scope, receive, said)
-        except asyncio.CancelledError:
-            await send({"type": "lifespan.startup.failed", "message": "told to stop before the start was complete"})
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End what is under way, and close everything."""
+        await self._bridge.__aexit__(kind, error, traceback)
 
     async def _answer_ready(self, client: ClientConnection) -> None:
         """Whether requests would be served now: not where their start cannot be recorded."""
@@ -159,172 +150,72 @@ async def _answer(client: ClientConnection, status: int, content_type: bytes, bo
 
 
 def serve(settings: Settings) -> None:
-    """Run the server until it is told to stop. SIGTERM lets responses end within the grace period."""
-    _raise_open_file_limit()
-    # A response that is left unfinished is how a client gets to see that the provider's broke off; the relay says so itself.
-    logging.getLogger("uvicorn.error").addFilter(lambda line: line.msg != _UNFINISHED)
-    disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each one, which nobody reads
-    _Process(Server(settings), settings).run()
+    """Run the server until it is told to stop. SIGTERM lets responses end within the grace period.
 
-
-class _Process(uvicorn.Server):
-    """Uvicorn, which by itself acts on a signal only when the start is complete: MCP servers may take long."""
-
-    def __init__(self, server: Server, settings: Settings) -> None:
-        super().__init__(uvicorn_config(server, settings))
-        self._server = server
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal has come."""
-        super().handle_exit(sig, frame)
-        self._server.give_up()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start. That it was given up is no failure."""
-        try:
-            await super().startup(sockets)
-        except SystemExit:
-            if not self.should_exit:
-                raise
-
-
-def uvicorn_config(app: Any, settings: Settings) -> uvicorn.Config:
-    """How the server is run: no header of its own, no proxy headers believed, no WebSocket."""
-    return uvicorn.Config(
-        app,
-        host=settings.server.host,
-        port=settings.server.port,
-        http=head_bounded(settings.limits.max_header_bytes),
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        date_header=False,
-        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=max(1, round(settings.server.shutdown_grace)),
-    )
-
-
-class HeadBounded(HttpToolsProtocol):
-    """Uvicorn's HTTP protocol, with what it lacks in front of clients that nobody vouches for.
-
-    - What makes no progress, a head or the trailers behind a body that do not end, is refused at twice `max_head`. The
-      application checks the exact size, but it is called only when a head is complete: here memory is bounded before.
-    - Trailers are dropped. They are no header fields (RFC 9110 section 6.5.1), but uvicorn adds them to those.
-    - A request for an upgrade is read like any other. Httptools takes a body behind it (as Java's HttpClient sends it, with
-      ``Upgrade: h2c``) for another protocol, and the next request with it.
-    - What cannot be read is never answered in the middle of another response.
+    Raises SystemExit where it cannot start. Ends by the signal that it obeyed, for whoever sent it to see.
     """
-
-    max_head: int
-    _unread = 0  # received since the parser last came a step further
-    _reads_head = True
-    _resumes = False
-    _hung_up = False
-
-    def data_received(self, data: bytes) -> None:
-        """Bytes have come."""
-        if self._hung_up:
-            return
-        self._unset_keepalive_if_required()
-        self._unread += len(data)
-        try:
-            self._feed(data)
-        except HttpParserError:
-            self._refuse(BadRequest("This is not HTTP."), b"400 Bad Request")
-        if self._unread > 2 * self.max_head and not self.transport.is_closing():
-            too_large = HeadersTooLarge(f"The request headers are larger than {self.max_head} bytes.")
-            self._refuse(too_large, b"431 Request Header Fields Too Large")
-
-    def on_message_begin(self) -> None:
-        """A head begins."""
-        self._unread = 0
-        if not self._resumes:
-            self._reads_head = True
-            super().on_message_begin()
-
-    def on_url(self, url: bytes) -> None:
-        """A piece of the request's target."""
-        if not self._resumes:
-            super().on_url(url)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """A header field or a trailer."""
-        if self._reads_head:
-            super().on_header(name, value)
-
-    def on_headers_complete(self) -> None:
-        """The head is complete."""
-        self._unread = 0
-        if not self._resumes:
-            self._reads_head = False
-            super().on_headers_complete()
-
-    def on_body(self, body: bytes) -> None:
-        """A piece of the body."""
-        self._unread = 0
-        super().on_body(body)
-
-    def on_message_complete(self) -> None:
-        """The request is complete, unless httptools only thinks so because of an upgrade."""
-        self._unread = 0
-        if not self.parser.should_upgrade():
-            super().on_message_complete()
-
-    def on_response_complete(self) -> None:
-        """A response is complete. A client that still waits to be asked for its body may send that next, or a request."""
-        super().on_response_complete()
-        if self.expect_100_continue and self.cycle.more_body:
-            self._hang_up()
-
-    def _feed(self, data: bytes) -> None:
-        while data:
-            try:
-                self.parser.feed_data(data)
-            except HttpParserUpgrade as upgrade:
-                data = data[upgrade.args[0] :]
-                self._ignore_upgrade()
-            else:
-                return
-
-    def _ignore_upgrade(self) -> None:
-        """Read on with a parser that knows how the body is framed, but not of the upgrade."""
-        framing = (name + b": " + value + b"\r\n" for name, value in self.headers if name in _FRAMING)
-        self.parser = HttpRequestParser(self)
-        self._resumes = True
-        self.parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n" % b"".join(framing))
-        self._resumes = False
-
-    def _refuse(self, error: BridgeError, status: bytes) -> None:
-        """Answer, unless a response is under way."""
-        cycle: RequestResponseCycle | None = getattr(self, "cycle")  # noqa: B009  it is None at first
-        if cycle is not None and not cycle.response_complete:
-            if self.pipeline or cycle.response_started:
-                self._hung_up = True
-                self.transport.abort()
-                return
-            cycle.disconnected = True
-            cycle.message_event.set()
-        body = error_body("openai", error.status, error.message)
-        self.transport.write(
-            b"HTTP/1.1 %b\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
-            % (status, len(body), body)
-        )
-        self._hang_up()
-
-    def _hang_up(self) -> None:
-        """Say nothing more and read nothing more, but give the client a moment to read what was said."""
-        self._hung_up = True
-        if not self.transport.is_closing():
-            self.transport.write_eof()
-            self.loop.call_later(_LAST_WORDS_SECONDS, self.transport.abort)
+    _raise_open_file_limit()
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each one, which nobody reads
+    try:
+        listeners = bound(settings.server.host, settings.server.port)
+    except OSError as error:
+        where = f"{settings.server.host} port {settings.server.port}"
+        logger.error("cannot listen on %s: %s", where, (error.strerror or str(error)).lower())  # noqa: TRY400  it says it all
+        raise SystemExit(_CANNOT_START) from None
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        stop = runner.run(run(Server(settings), settings, listeners))
+    if stop is None:
+        raise SystemExit(_CANNOT_START)
+    signal.signal(stop, signal.SIG_DFL)
+    signal.raise_signal(stop)
 
 
-def head_bounded(limit: int) -> type[HeadBounded]:
-    """The protocol for heads up to a limit."""
-    return type("HeadBounded", (HeadBounded,), {"max_head": limit})
+async def run(server: Server, settings: Settings, listeners: Sequence[socket.socket]) -> signal.Signals | None:
+    """Serve until a signal tells to stop; a second one tells not to wait for responses under way. Answers with the first.
+
+    None where the server cannot start.
+    """
+    loop = asyncio.get_running_loop()
+    told: asyncio.Queue[signal.Signals] = asyncio.Queue()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, told.put_nowait, number)
+    first = loop.create_task(told.get())
+    starting = loop.create_task(server.__aenter__())
+    await asyncio.wait({first, starting}, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():  # MCP servers may take long
+        starting.cancel()
+        await asyncio.wait({starting})
+        logger.info("told to stop before the start was complete")
+        return first.result()
+    try:
+        await starting
+    except Exception:
+        logger.exception("the gateway cannot start")
+        first.cancel()
+        return None
+    http = http_server(server, settings)
+    try:
+        await http.start(listeners)
+        logger.info("listening on %s", ", ".join(map(_url, listeners)))
+        stop = await first
+        logger.info("shutting down: waiting for responses under way")
+        second = loop.create_task(told.get())
+        second.add_done_callback(lambda _: http.hurry())
+        await http.stop(settings.server.shutdown_grace)
+        second.cancel()
+    finally:
+        await server.__aexit__(None, None, None)
+    return stop
+
+
+def http_server(app: App, settings: Settings) -> HttpServer:
+    """The HTTP server for an application, as configured."""
+    return HttpServer(app, max_head_bytes=settings.limits.max_header_bytes)
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{bracketed(host)}:{port}"
 
 
 def _raise_open_file_limit() -> None:

@@ -1,0 +1,116 @@
+"""The HTTP server: listens for clients, and ends in an orderly way. One connection is in `aibridge.httpprotocol`."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Iterable
+from functools import partial
+from typing import Final
+
+from aibridge.asgi import App
+from aibridge.httpprotocol import HttpProtocol, Serving
+
+logger = logging.getLogger(__name__)
+
+# A client's pooled connection should end on the client's side: one that we close under its next request costs it an error.
+_KEEP_ALIVE_SECONDS: Final = 75.0
+_REQUEST_SECONDS: Final = 60.0
+_SWEEP_SECONDS: Final = 1.0
+_BACKLOG: Final = 2048
+_LAST_RECORDS_SECONDS: Final = 10.0
+
+
+class HttpServer:
+    """Serves one ASGI application, whose lifetime is its owner's business. Times are in seconds, sizes in bytes.
+
+    `request_seconds` bounds how long a client may take to send a head, and each piece of a body; `keep_alive_seconds` how
+    long a connection may be idle.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        max_head_bytes: int,
+        keep_alive_seconds: float = _KEEP_ALIVE_SECONDS,
+        request_seconds: float = _REQUEST_SECONDS,
+        sweep_seconds: float = _SWEEP_SECONDS,
+    ) -> None:
+        self._serving = Serving(app, max_head_bytes, keep_alive_seconds, request_seconds, when_empty=self._look_if_empty)
+        self._sweep_seconds = sweep_seconds
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._listening: list[asyncio.Server] = []
+        self._over = asyncio.Event()  # no connection is left, or nobody is patient any more
+
+    async def start(self, listeners: Iterable[socket.socket]) -> None:
+        """Listen on sockets that are bound."""
+        loop = asyncio.get_running_loop()
+        for listener in listeners:
+            protocol = partial(HttpProtocol, self._serving)
+            self._listening.append(await loop.create_server(protocol, sock=listener, backlog=_BACKLOG))
+        self._sweep()
+
+    async def stop(self, grace: float) -> None:
+        """Accept nothing more, let responses end within `grace` seconds, then end the rest."""
+        self._serving.closing = True
+        for listening in self._listening:
+            listening.close()
+        for connection in list(self._serving.connections):
+            connection.shut()
+        self._look_if_empty()
+        try:
+            async with asyncio.timeout(grace):
+                await self._over.wait()
+        except TimeoutError:
+            logger.warning("%d responses have not ended within the grace period", len(self._serving.tasks))
+        tasks = list(self._serving.tasks)
+        for task in tasks:  # they record what is known, and tell their clients
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=_LAST_RECORDS_SECONDS)
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for connection in list(self._serving.connections):
+            connection.abort()
+
+    def hurry(self) -> None:
+        """Wait no longer for responses to end."""
+        self._over.set()
+
+    def _look_if_empty(self) -> None:
+        if self._serving.closing and not self._serving.connections:
+            self._over.set()
+
+    def _sweep(self) -> None:
+        """Look for those who are too slow: one timer for all connections instead of one that is set for every request."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        for connection in [one for one in self._serving.connections if one.deadline <= now]:
+            connection.expire()
+        self._sweeper = loop.call_later(self._sweep_seconds, self._sweep)
+
+
+def bound(host: str, port: int) -> list[socket.socket]:
+    """Sockets for all addresses of a host, to listen on the same port. Port 0 takes a free one.
+
+    Raises OSError where none can be bound.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    sockets: list[socket.socket] = []
+    failure: OSError | None = None
+    for family, kind, protocol, _, address in dict.fromkeys(found):
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.bind((address[0], port, *address[2:]))
+        except OSError as error:  # such as an address of IPv6 where the machine has none
+            listener.close()
+            failure = error
+        else:
+            port = listener.getsockname()[1]
+            sockets.append(listener)
+    if not sockets:
+        raise failure or OSError(f"{host} has no address")
+    return sockets
