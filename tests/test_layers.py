@@ -45,7 +45,7 @@ LAYERS = [
     ["aibridge.httpconnection"],
     ["aibridge.history", "aibridge.toolbox"],
     ["aibridge.guard", "aibridge.headers", "aibridge.identity", "aibridge.providers", "aibridge.upstream"],
-    ["aibridge.asgi", "aibridge.interruptible", "aibridge.keepalive"],
+    ["aibridge.asgi", "aibridge.deadlines", "aibridge.interruptible", "aibridge.keepalive"],
     # the core
     ["aibridge.conversation"],
     ["aibridge.merger"],

@@ -3,15 +3,14 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, Protocol
 from urllib.parse import quote
 
 from aibridge.errors import BodyTooLarge, BridgeError, ClientDisconnected, ProviderKind, error_body
 from aibridge.wire.base import Headers
 
-WHEN_GONE: Final = "aibridge.when_gone"
-"""The scope's key under which a server may offer to call back when the client has gone, which spares a task that waits for
-``http.disconnect``: a function that takes the callback, and answers with what forgets it again."""
+DIRECT: Final = "aibridge.direct"
+"""The scope's key for the `Direct` of a server that offers one."""
 
 _MAX_DIGITS: Final = 18
 _BODILESS: Final = (204, 304)
@@ -21,6 +20,19 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class Direct(Protocol):
+    """What our own HTTP server offers beside ASGI's calls, each of which costs a coroutine or a task."""
+
+    def when_gone(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Have something called when the client has gone, unless what is answered is called before."""
+
+    def write(self, data: bytes) -> bool:
+        """Write a piece of the response body, and do not wait. Answers whether the client has fallen behind."""
+
+    async def caught_up(self) -> None:
+        """Wait until the client has read what was written, or has gone."""
 
 
 class ClientConnection:
@@ -34,7 +46,8 @@ class ClientConnection:
         """The response has begun: from here on an error can only be told in-band."""
         self.upload_error: BridgeError | ClientDisconnected | None = None
         """Why the request body could not be read to its end."""
-        self._when_gone: Callable[[Callable[[], None]], Callable[[], None]] | None = scope.get(WHEN_GONE)
+        self.direct: Direct | None = scope.get(DIRECT)
+        """A shorter way to the client, where its server offers one."""
         self._receive = receive
         self._send = send
 
@@ -44,7 +57,8 @@ class ClientConnection:
 
     async def body(self, limit: int) -> bytes:
         """The whole request body. Raises `BodyTooLarge` or `ClientDisconnected`."""
-        return b"".join([piece async for piece in self.pieces(limit)])
+        pieces = [piece async for piece in self.pieces(limit)]
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def pieces(self, limit: int) -> AsyncIterator[bytes]:
         """The request body as it comes. Raises `BodyTooLarge` or `ClientDisconnected`."""
@@ -72,8 +86,8 @@ class ClientConnection:
 
         The request body must have been read.
         """
-        if self._when_gone is not None:
-            return self._when_gone(callback)
+        if self.direct is not None:
+            return self.direct.when_gone(callback)
         return asyncio.create_task(self._gone(callback)).cancel
 
     async def _gone(self, callback: Callable[[], None]) -> None:

@@ -5,27 +5,30 @@
 
 import asyncio
 import base64
+import re
 import socket
 import ssl
 from collections import deque
-from dataclasses import dataclass
+from functools import lru_cache
 from string import printable
-from typing import Final
+from typing import Final, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import aiohappyeyeballs
 
+from aibridge.deadlines import Deadlines
 from aibridge.errors import UpstreamError
 from aibridge.httpconnection import UNREACHABLE, Connection, bracketed, declared_length, translated
 from aibridge.upstream import UpstreamRequest, UpstreamResponse
 
 _NEXT_ADDRESS_SECONDS: Final = 0.25
 _PORTS: Final = {"http": 80, "https": 443}
+_NO_TARGET: Final = re.compile(rb"[\x00-\x20\x7f]")
+_MAX_PLACES: Final = 256
 
 
-@dataclass(frozen=True, slots=True)
-class _Origin:
+class _Origin(NamedTuple):
     """Where a connection goes: what requests must have in common to share one."""
 
     scheme: str
@@ -55,17 +58,14 @@ class HttpUpstream:
         self._tls: dict[str | None, ssl.SSLContext] = {}
         self._idle: dict[_Origin, deque[Connection]] = {}
         self._connections: set[Connection] = set()
+        self._deadlines = Deadlines(self._connections, min(1.0, idle_timeout / 4))
+        self._place = lru_cache(_MAX_PLACES)(self._find_place)
 
     async def send(self, request: UpstreamRequest) -> UpstreamResponse:
         """Send a request and wait for the response's head."""
         try:
-            url = request.url if request.url.isascii() else quote(request.url, safe=printable, encoding="latin-1")
-            parts = urlsplit(url)
-            proxy = self._proxy_for(parts.scheme, parts.netloc)
-            port = parts.port or _PORTS[parts.scheme]
-            origin = _Origin(parts.scheme, parts.hostname or "", port, request.ca_file, proxy)
-            path = url[url.index("//") + 2 + len(parts.netloc) :]
-            head = _request_head(request, origin, path)
+            origin, target = self._place(request.url, request.ca_file)
+            head = _request_head(request, origin, target)
         except (ValueError, KeyError) as error:
             raise UpstreamError(f"{UNREACHABLE}: the request cannot be written as HTTP.") from error
         connection = self._take_idle(origin)
@@ -75,6 +75,7 @@ class HttpUpstream:
 
     async def aclose(self) -> None:
         """Close all connections."""
+        self._deadlines.stop()
         connections = list(self._connections)
         for connection in connections:
             connection.abort()
@@ -90,9 +91,25 @@ class HttpUpstream:
                 return connection
         return None
 
+    def _find_place(self, url: str, ca_file: str | None) -> tuple[_Origin, bytes]:
+        """Where a request goes, and its target there. Raises ValueError or KeyError for what is no URL of a server."""
+        url = url if url.isascii() else quote(url, safe=printable, encoding="latin-1")
+        parts = urlsplit(url)
+        proxy = self._proxy_for(parts.scheme, parts.netloc)
+        origin = _Origin(parts.scheme, parts.hostname or "", parts.port or _PORTS[parts.scheme], ca_file, proxy)
+        path = url[url.index("//") + 2 + len(parts.netloc) :]
+        target = path if path.startswith("/") else "/" + path
+        if proxy is not None and origin.scheme == "http":
+            target = f"http://{origin.authority}{target}"
+        encoded = target.encode("latin-1")
+        if _NO_TARGET.search(encoded):
+            raise ValueError("a target that servers might split")
+        return origin, encoded
+
     async def _connect(self, origin: _Origin) -> "Connection":
         loop = asyncio.get_running_loop()
         connection = Connection(self._idle_timeout, self._idle.setdefault(origin, deque()), self._connections)
+        self._deadlines.start()
         try:
             tls = self._tls_context(origin.ca_file) if origin.scheme == "https" else None
             async with asyncio.timeout(self._connect_timeout):
@@ -131,26 +148,21 @@ class HttpUpstream:
         return f"http://{proxy}" if proxy and "://" not in proxy else proxy
 
 
-def _request_head(request: UpstreamRequest, origin: _Origin, path: str) -> bytes:
+def _request_head(request: UpstreamRequest, origin: _Origin, target: bytes) -> bytes:
     """The head as bytes. Raises ValueError where it would not be one head."""
-    target = path if path.startswith("/") else "/" + path
-    fields = [(b"Host", origin.authority.encode("ascii")), *request.headers]
-    if origin.proxy is not None and origin.scheme == "http":
-        target = f"http://{origin.authority}{target}"
+    lines = [b"%b %b HTTP/1.1\r\nHost: %b\r\n" % (request.method.encode("ascii"), target, origin.authority.encode("ascii"))]
+    lines += [b"%b: %b\r\n" % field for field in request.headers]
     body = request.body
     if not isinstance(body, bytes):
         if declared_length(request.headers) is None:
-            fields.append((b"transfer-encoding", b"chunked"))
+            lines.append(b"transfer-encoding: chunked\r\n")
     elif body or request.method not in ("GET", "HEAD", "DELETE"):
-        fields.append((b"content-length", b"%d" % len(body)))
-    lines = [b"%b %b HTTP/1.1" % (request.method.encode("ascii"), target.encode("latin-1"))]
-    lines += [b"%b: %b" % field for field in fields]
-    if not request.method.isalpha() or any(byte <= 32 or byte == 127 for byte in target.encode("latin-1")):
-        raise ValueError("no method, or a target that servers might split")
-    if any(b"\r" in line or b"\n" in line or b"\0" in line for line in lines):
-        raise ValueError("a line break")
-    proxy = _proxy_authorization(origin.proxy) if origin.scheme == "http" else b""
-    return b"\r\n".join(lines) + b"\r\n" + proxy + b"\r\n"
+        lines.append(b"content-length: %d\r\n" % len(body))
+    head = b"".join(lines)
+    breaks = len(lines) + 1  # two in the first
+    if not request.method.isalpha() or head.count(b"\r") != breaks or head.count(b"\n") != breaks or b"\0" in head:
+        raise ValueError("no method, or a line break where none can be")
+    return head + (_proxy_authorization(origin.proxy) if origin.scheme == "http" else b"") + b"\r\n"
 
 
 def _proxy_authorization(proxy: str | None) -> bytes:

@@ -1,16 +1,17 @@
 """One HTTP/1.1 connection to a provider, on httptools: sends a request, reads its response as it comes.
 
-A request goes out as it is given, byte for byte. The head and each piece of a response go through one callback each; the
-timer of a connection is moved, not set anew, for every wait. What goes wrong takes the connection with it, and is told as
-`UpstreamError` or `UpstreamTimeout` to whoever waits.
+A request goes out as it is given, byte for byte. What one read of the socket brings of a body is passed on as one piece, and
+while somebody lets it `flow`, from here. What goes wrong takes the connection with it, and is told as `UpstreamError` or
+`UpstreamTimeout` to whoever waits.
 """
 
 import asyncio
+import math
 import os
 import select
 import ssl
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Final, cast
 
@@ -45,26 +46,34 @@ class Response:
         self._pieces: list[bytes] = []
         self._buffered = 0
         self._failure: UpstreamError | None = None
-        self._waiter: asyncio.Future[None] | None = None
+        self._waiter: asyncio.Future[bool] | None = None
+        self._take: Callable[[bytes], bool] | None = None
+
+    @property
+    def is_awaited(self) -> bool:
+        """Somebody waits for more."""
+        return self._waiter is not None
 
     async def read(self) -> bytes:
         """The next bytes of the body."""
         while not self._pieces:
-            if self._failure is not None:
-                raise self._failure
-            if self._connection is None:
+            if self._is_over():
                 return b""
-            self._waiter = self._connection.waiter()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-        self._pieces.clear()
-        self._buffered = 0
-        if self._connection is not None:
-            self._connection.resume_reading()
-        return data
+            await self._news()
+        return self._taken()
+
+    async def flow(self, take: Callable[[bytes], bool]) -> bool:
+        """Pass the bytes of the body on as they come."""
+        while True:
+            if self._pieces:
+                if take(self._taken()):
+                    return False
+            elif self._is_over():
+                return True
+            else:
+                self._take = take
+                if await self._news():
+                    return False
 
     def close(self) -> None:
         """Let go of the response."""
@@ -75,20 +84,59 @@ class Response:
 
     def put(self, piece: bytes) -> bool:
         """The next piece has come. Answers whether no more should, until this one has been read."""
+        if self._take is not None and not self._pieces:
+            self._pass_on(self._take, piece)
+            return False
         self._pieces.append(piece)
         self._buffered += len(piece)
-        self._wake()
+        self._wake(enough=False)
         return self._buffered > _MAX_BUFFERED
 
     def end(self, failure: UpstreamError | None) -> None:
         """The body has ended, or will never."""
         self._failure = failure
         self._connection = None
-        self._wake()
+        self._wake(enough=False)
 
-    def _wake(self) -> None:
+    # ---- inside ----
+
+    def _is_over(self) -> bool:
+        if self._failure is not None:
+            raise self._failure
+        return self._connection is None
+
+    async def _news(self) -> bool:
+        """Wait until there is something to do. Answers whether `take` has had enough."""
+        assert self._connection is not None  # noqa: S101  it is not over
+        self._waiter = self._connection.waiter()
+        try:
+            return await self._waiter
+        finally:
+            self._waiter = self._take = None
+
+    def _pass_on(self, take: Callable[[bytes], bool], piece: bytes) -> None:
+        try:
+            enough = take(piece)
+        except Exception as error:  # noqa: BLE001  it is for who waits, and not for the event loop
+            self._take = None
+            if self._waiter is not None and not self._waiter.done():
+                self._waiter.set_exception(error)
+        else:
+            if enough:
+                self._wake(enough=True)
+
+    def _wake(self, *, enough: bool) -> None:
+        self._take = None
         if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+            self._waiter.set_result(enough)
+
+    def _taken(self) -> bytes:
+        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces.clear()
+        self._buffered = 0
+        if self._connection is not None:
+            self._connection.resume_reading()
+        return data
 
 
 class Connection(asyncio.Protocol):
@@ -104,18 +152,19 @@ class Connection(asyncio.Protocol):
         self._writable = asyncio.Event()
         self._writable.set()
         self._upload: asyncio.Task[None] | None = None
-        self._head: asyncio.Future[Response] | None = None
+        self._head: asyncio.Future[Response | UpstreamError] | None = None
         self._response: Response | None = None
         self._without_body = False
         self._tunnelling = False
         self._failure: UpstreamError | None = None
-        self._timer: asyncio.TimerHandle | None = None  # of what is waited for
-        self._expiry: asyncio.TimerHandle | None = None  # of the connection in the pool
-        self._deadline = 0.0
-        self._waiting: asyncio.Future[None] | asyncio.Future[Response] | None = None
-        self._parser = httptools.HttpResponseParser(self)
+        self.deadline = math.inf
+        """When the provider must have said something, or an idle connection ends (the event loop's time)."""
+        self._poll = select.poll()
         self._fields: list[tuple[bytes, bytes]] = []
+        self._body: list[bytes] = []  # what the read under way has brought of it
+        self.on_body = self._body.append  # called by the parser; in a burst for each of hundreds of chunks
         self._head_bytes = 0
+        self._parser = httptools.HttpResponseParser(self)
 
     # ---- exchanges ----
 
@@ -129,18 +178,21 @@ class Connection(asyncio.Protocol):
         try:
             if isinstance(body, bytes) and len(body) <= _AT_ONCE:
                 self._transport.write(head + body)
-                self._watch(awaited)
+                self._expect_news()
             else:
                 self._transport.write(head)
                 pieces, length = (
                     (_slices(body), len(body)) if isinstance(body, bytes) else (body, declared_length(request.headers))
                 )
                 self._upload = self._loop.create_task(self._send_body(pieces, length))
-            return await awaited
+            found = await awaited
         except BaseException:
             if self._head is awaited:  # else the exchange has ended, and the connection may be somebody else's by now
                 self.abort()
             raise
+        if isinstance(found, UpstreamError):
+            raise found
+        return found
 
     async def tunnel(self, host: str, port: int, authorization: bytes, tls: ssl.SSLContext) -> None:
         """Have the proxy at the other end connect through to a host, and speak TLS from there on.
@@ -154,6 +206,8 @@ class Connection(asyncio.Protocol):
         authority = f"{bracketed(host)}:{port}".encode()
         self._transport.write(b"CONNECT %b HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (authority, authority, authorization))
         response = await self._head
+        if isinstance(response, UpstreamError):
+            raise response
         if not response.head.ok:
             raise UpstreamError(f"{UNREACHABLE}: the proxy answers with HTTP {response.head.status}.")
         plain = self._transport
@@ -167,16 +221,13 @@ class Connection(asyncio.Protocol):
             raise
         self._transport = transport
         self._head, self._tunnelling = None, False
+        self.deadline = math.inf
 
     def usable(self) -> bool:
         """Whether an idle connection can be used: not where the provider has closed it, or sent what nobody asked for."""
-        if self._expiry is not None:
-            self._expiry.cancel()
         if self._transport is None or self._transport.is_closing():
             return False
-        poll = select.poll()
-        poll.register(self._transport.get_extra_info("socket").fileno(), select.POLLIN)
-        if poll.poll(0):
+        if self._poll.poll(0):
             self.abort()
             return False
         return True
@@ -187,11 +238,10 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
-    def waiter(self) -> "asyncio.Future[None]":
-        """A future for the next thing to happen to the response, which fails when nothing does for too long."""
-        waiter: asyncio.Future[None] = self._loop.create_future()
-        self._watch(waiter)
-        return waiter
+    def waiter(self) -> "asyncio.Future[bool]":
+        """A future for the next thing to happen to the response, which ends when nothing does for too long."""
+        self._expect_news()
+        return self._loop.create_future()
 
     def resume_reading(self) -> None:
         """What had come has been read."""
@@ -201,9 +251,10 @@ class Connection(asyncio.Protocol):
     def _begin(self, *, without_body: bool) -> None:
         self._parser = httptools.HttpResponseParser(self)
         self._head = self._loop.create_future()
-        self._head.add_done_callback(_retrieved)
         self._response = None
         self._upload = None
+        self._body.clear()
+        self.deadline = math.inf
         self._without_body = without_body
         self._head_bytes = 0
 
@@ -228,7 +279,7 @@ class Connection(asyncio.Protocol):
                 self._transport.write(b"0\r\n\r\n")
             await self._drain()
             if self._head is not None and not self._head.done():
-                self._watch(self._head)
+                self._expect_news()
         except BaseException as error:  # the body breaks off, whatever the reason: so does the request
             self._fail(translated(error, _UNSENT))
             if not isinstance(error, Exception):
@@ -240,28 +291,19 @@ class Connection(asyncio.Protocol):
             async with asyncio.timeout(self._idle_timeout):
                 await self._writable.wait()
 
-    # ---- the timer ----
+    # ---- time ----
 
-    def _watch(self, waiting: "asyncio.Future[None] | asyncio.Future[Response]") -> None:
-        self._waiting = waiting
-        self._deadline = self._loop.time() + self._idle_timeout
-        if self._timer is None:
-            self._timer = self._loop.call_at(self._deadline, self._look_at_the_time)
+    def _expect_news(self) -> None:
+        self.deadline = self._loop.time() + self._idle_timeout
 
-    def _look_at_the_time(self) -> None:
-        self._timer = None
-        if self._waiting is None or self._waiting.done():
-            return
-        if self._loop.time() >= self._deadline:
+    def expire(self) -> None:
+        """Nothing has come for too long, or nobody has used the connection."""
+        self.deadline = math.inf
+        if self._head is None and self._transport is not None:
+            self._transport.close()
+        elif self._response is None or self._response.is_awaited:
             what = _BROKEN_OFF if self._response is not None else UNREACHABLE
             self._fail(UpstreamTimeout(f"{what}: no answer in time."))
-        else:
-            self._timer = self._loop.call_at(self._deadline, self._look_at_the_time)
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
     # ---- asyncio's callbacks ----
 
@@ -269,6 +311,7 @@ class Connection(asyncio.Protocol):
         """The socket, or TLS on it, is there."""
         self._transport = cast("asyncio.Transport", transport)  # a stream's: it need not be one by inheritance
         self._connections.add(self)
+        self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The socket is gone."""
@@ -277,9 +320,6 @@ class Connection(asyncio.Protocol):
         if ends_here and self._failure is None:
             self._complete()
         self._fail(translated(exc or ConnectionError(), UNREACHABLE if response is None else _BROKEN_OFF))
-        self._stop_timer()
-        if self._expiry is not None:
-            self._expiry.cancel()
         self._writable.set()
         if self._upload is not None:
             self._upload.cancel()
@@ -306,9 +346,14 @@ class Connection(asyncio.Protocol):
             return
         if not head.done():
             self._head_bytes += len(data)
+        self.deadline = self._loop.time() + self._idle_timeout
         try:
             self._parser.feed_data(data)
+            if self._body:
+                self._deliver()
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            if self._body:
+                self._deliver()
             self._fail(UpstreamError(f"{_BROKEN_OFF if head.done() else UNREACHABLE}: its answer is not HTTP."))
         if self._head_bytes > _MAX_HEAD_BYTES and not head.done():
             self._fail(UpstreamError(f"{UNREACHABLE}: the head of its answer is too large."))
@@ -346,32 +391,32 @@ class Connection(asyncio.Protocol):
         if self._without_body:
             self._complete()
 
-    def on_body(self, body: bytes) -> None:
-        """A piece of the body."""
-        if self._response is None:
-            self.abort()
-            return
-        full = self._response.put(body)
-        if full and self._transport is not None and self._transport.is_reading():
-            self._transport.pause_reading()
-
     def on_message_complete(self) -> None:
         """The response has ended, unless it was an interim one."""
+        if self._body:
+            self._deliver()
         if self._response is not None:
             self._complete()
+
+    def _deliver(self) -> None:
+        """Pass on what the read under way has brought of the body."""
+        piece = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        self._body.clear()
+        if self._response is None:
+            self.abort()
+        elif self._response.put(piece) and self._transport is not None and self._transport.is_reading():
+            self._transport.pause_reading()
 
     def _complete(self) -> None:
         response, self._response, self._head = self._response, None, None
         assert response is not None  # noqa: S101  there is no end without a beginning
         response.end(None)
-        self._waiting = None
         sent = self._upload is None or self._upload.done()
         if self._transport is None or self._transport.is_closing():
             return
         if sent and self._reusable(response.head):
             self.resume_reading()
-            self._stop_timer()
-            self._expiry = self._loop.call_later(_KEEP_IDLE_SECONDS, self._transport.close)
+            self.deadline = self._loop.time() + _KEEP_IDLE_SECONDS
             self._pool.append(self)
         elif not sent:  # nobody wants the rest of the upload
             self.abort()
@@ -385,7 +430,7 @@ class Connection(asyncio.Protocol):
         """Tell whoever waits, and drop the connection."""
         self._failure = self._failure or failure
         if self._head is not None and not self._head.done():
-            self._head.set_exception(self._failure)
+            self._head.set_result(self._failure)
         if self._response is not None:
             self._response.end(self._failure)
             self._response = None
@@ -414,11 +459,6 @@ async def _slices(body: bytes) -> AsyncIterator[bytes]:
     view = memoryview(body)
     for start in range(0, len(view), _SLICE):
         yield bytes(view[start : start + _SLICE])
-
-
-def _retrieved(future: "asyncio.Future[Response]") -> None:
-    if not future.cancelled():
-        future.exception()
 
 
 def translated(error: BaseException, what: str) -> UpstreamError:

@@ -26,7 +26,8 @@ from urllib.parse import unquote
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser, parse_url
 
-from aibridge.asgi import WHEN_GONE, App, Message
+from aibridge.asgi import DIRECT, App, Message
+from aibridge.deadlines import Deadlines
 from aibridge.errors import BadRequest, BridgeError, HeadersTooLarge, RequestTimeout, error_body
 
 logger = logging.getLogger(__name__)
@@ -54,10 +55,14 @@ class Serving:
     when_empty: Callable[[], None] = lambda: None
     """Is called when the last connection has gone."""
     closing: bool = False
+    deadlines: Deadlines = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.deadlines = Deadlines(self.connections, min(1.0, self.request_seconds / 4))
 
 
 class Exchange:
-    """One request and its response: the ``receive`` and ``send`` of an ASGI call."""
+    """One request and its response: the ``receive`` and ``send`` of an ASGI call, and `aibridge.asgi.Direct`."""
 
     __slots__ = (
         "_asked",
@@ -79,7 +84,7 @@ class Exchange:
     )
 
     def __init__(self, connection: "HttpProtocol", scope: dict[str, Any], *, keep_alive: bool, expects: bool) -> None:
-        scope[WHEN_GONE] = self.when_gone
+        scope[DIRECT] = self
         self.scope = scope
         self.keep_alive = keep_alive
         self.more_body = True
@@ -144,6 +149,17 @@ class Exchange:
             self._start(message["status"], message["headers"])
         else:
             self._write(message.get("body", b""), more=message.get("more_body", False))
+        await self.caught_up()
+
+    def write(self, data: bytes) -> bool:
+        """Write a piece of the body, and do not wait."""
+        if self.disconnected:
+            return False
+        self._write(data, more=True)
+        return self._connection.drained is not None
+
+    async def caught_up(self) -> None:
+        """Wait until the client has read what was written, or has gone."""
         drained = self._connection.drained
         if drained is not None:
             await drained.wait()
@@ -267,6 +283,7 @@ class HttpProtocol(asyncio.Protocol):
         """A client has connected."""
         self._transport = cast("asyncio.Transport", transport)
         self._serving.connections.add(self)
+        self._serving.deadlines.start()
         peer = transport.get_extra_info("peername")
         here = transport.get_extra_info("sockname")
         self._client = (str(peer[0]), int(peer[1])) if isinstance(peer, tuple) else None
@@ -284,6 +301,7 @@ class HttpProtocol(asyncio.Protocol):
         self.resume_writing()
         self._serving.connections.discard(self)
         if not self._serving.connections:
+            self._serving.deadlines.stop()
             self._serving.when_empty()
 
     def eof_received(self) -> None:

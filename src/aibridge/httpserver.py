@@ -15,7 +15,6 @@ logger = logging.getLogger(__name__)
 # A client's pooled connection should end on the client's side: one that we close under its next request costs it an error.
 _KEEP_ALIVE_SECONDS: Final = 75.0
 _REQUEST_SECONDS: Final = 60.0
-_SWEEP_SECONDS: Final = 1.0
 _BACKLOG: Final = 2048
 _LAST_RECORDS_SECONDS: Final = 10.0
 
@@ -34,11 +33,8 @@ class HttpServer:
         max_head_bytes: int,
         keep_alive_seconds: float = _KEEP_ALIVE_SECONDS,
         request_seconds: float = _REQUEST_SECONDS,
-        sweep_seconds: float = _SWEEP_SECONDS,
     ) -> None:
         self._serving = Serving(app, max_head_bytes, keep_alive_seconds, request_seconds, when_empty=self._look_if_empty)
-        self._sweep_seconds = sweep_seconds
-        self._sweeper: asyncio.TimerHandle | None = None
         self._listening: list[asyncio.Server] = []
         self._over = asyncio.Event()  # no connection is left, or nobody is patient any more
 
@@ -48,7 +44,6 @@ class HttpServer:
         for listener in listeners:
             protocol = partial(HttpProtocol, self._serving)
             self._listening.append(await loop.create_server(protocol, sock=listener, backlog=_BACKLOG))
-        self._sweep()
 
     async def stop(self, grace: float) -> None:
         """Accept nothing more, let responses end within `grace` seconds, then end the rest."""
@@ -68,8 +63,6 @@ class HttpServer:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=_LAST_RECORDS_SECONDS)
-        if self._sweeper is not None:
-            self._sweeper.cancel()
         for connection in list(self._serving.connections):
             connection.abort()
 
@@ -80,14 +73,6 @@ class HttpServer:
     def _look_if_empty(self) -> None:
         if self._serving.closing and not self._serving.connections:
             self._over.set()
-
-    def _sweep(self) -> None:
-        """Look for those who are too slow: one timer for all connections instead of one that is set for every request."""
-        loop = asyncio.get_running_loop()
-        now = loop.time()
-        for connection in [one for one in self._serving.connections if one.deadline <= now]:
-            connection.expire()
-        self._sweeper = loop.call_later(self._sweep_seconds, self._sweep)
 
 
 def bound(host: str, port: int) -> list[socket.socket]:

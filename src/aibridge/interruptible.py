@@ -33,6 +33,10 @@ class Interruptible:
             if self._waiting and self._task is not None:
                 self._task.cancel()
 
+    def postpone(self, event: Exception) -> None:
+        """What `wait` has raised came too late for that wait: raise it in the next one."""
+        self._event, self._spent = event, False
+
     async def wait(self, awaitable: Awaitable[T]) -> T:
         """Wait for something. Raises the event of `interrupt`, or CancelledError where the task is cancelled."""
         if self._event is not None:

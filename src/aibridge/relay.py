@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Final
 
-from aibridge.asgi import ClientConnection
+from aibridge.asgi import ClientConnection, Direct
 from aibridge.clients import identify
 from aibridge.commands import (
     Abort,
@@ -139,24 +139,25 @@ class _Exchange:
         self._listening = True
         self._reading = True  # from the provider, and not calling tools
         self._aborted = False
+        self._heard = False  # from the provider
         self._patience: asyncio.TimerHandle | None = None  # with a provider that nobody listens to
 
     async def run(self, conversation: Conversation, stopping: Stopping) -> None:
         """Step through the conversation to its end, whatever happens on the way."""
         stopping.add(self._waits)
         forget = self._client.when_gone(self._client_has_gone)
-        step: Callable[[Any], Command] = conversation.send
-        result: Any = None
+        command = _step(conversation.send, None)
         try:
-            while True:
+            while command is not None:
                 try:
-                    command = step(result)
-                except StopIteration:
-                    break
-                try:
-                    step, result = conversation.send, await self._carry_out(command)
+                    if type(command) is Receive and self._client.direct is not None and self._keep_alive is None:
+                        command = await self._flow(conversation, self._client.direct)
+                        continue
+                    result = await self._carry_out(command)
                 except (BridgeError, ClientDisconnected, Interrupted) as event:
-                    step, result = conversation.throw, event
+                    command = _step(conversation.throw, event)
+                else:
+                    command = _step(conversation.send, result)
             if self._client.started and not self._aborted:
                 with suppress(ClientDisconnected):
                     await self._client.finish()
@@ -172,12 +173,46 @@ class _Exchange:
                 self._response.close()
             stopping.remove(self._waits)
 
+    async def _flow(self, conversation: Conversation, client: Direct) -> Command | None:
+        """Carry out a `Receive`, and every `Relay` and `Receive` that follows. Answers with the next other command.
+
+        The conversation is stepped as bytes come, in the callback that brings them. To wake this task for each event of a
+        stream would cost half as much as all the rest (docs/performance.md).
+        """
+        assert self._response is not None  # noqa: S101  Send comes before Receive
+        command: Command | None = _RECEIVE
+
+        def take(chunk: bytes) -> bool:
+            nonlocal command
+            if not self._heard:
+                self._heard = True
+                self._entry.first_byte()
+            behind = False
+            command = _step(conversation.send, chunk)
+            while type(command) is Relay:
+                if command.data and self._listening:
+                    behind = client.write(command.data)
+                command = _step(conversation.send, self._listening)
+            return behind or type(command) is not Receive
+
+        try:
+            if await self._wait(self._response.flow(take)):
+                return _step(conversation.send, b"")
+            if type(command) is Receive:
+                await self._wait(client.caught_up())
+        except (ClientDisconnected, Interrupted) as event:
+            if type(command) is Receive:
+                raise
+            self._waits.postpone(event)  # the conversation has got further by then
+        return command
+
     async def _carry_out(self, command: Command) -> Any:  # noqa: PLR0911  a case for each command
         match command:
             case Receive():
                 assert self._response is not None  # noqa: S101  Send comes before Receive
                 chunk = await self._wait(self._response.read())
-                if chunk:
+                if chunk and not self._heard:
+                    self._heard = True
                     self._entry.first_byte()
                 return chunk
             case Relay(data):
@@ -258,12 +293,21 @@ class _Exchange:
             self._waits.interrupt(ClientDisconnected())
 
 
+def _step(step: Callable[[Any], Command], result: Any) -> Command | None:
+    """The conversation's next command; None at its end."""
+    try:
+        return step(result)
+    except StopIteration:
+        return None
+
+
 def scope_of(actor: Actor, provider: Provider, wire_format: WireFormat) -> str:
     """Within what a conversation's hidden part is looked for: nobody else's, nobody else's provider's."""
     return f"{actor.id}/{provider.name}/{wire_format.name}"
 
 
 _LAST_BYTES_SECONDS: Final = 1.0
+_RECEIVE: Final = Receive()
 
 
 async def _read_out(response: UpstreamResponse) -> None:

@@ -43,6 +43,13 @@ class UpstreamResponse(Protocol):
         Raises `UpstreamError` when the body breaks off, `UpstreamTimeout` when nothing came for too long, nothing else.
         """
 
+    async def flow(self, take: Callable[[bytes], bool]) -> bool:
+        """Give the bytes to `take` as they come, until it says that it has had enough. Answers whether the body has ended.
+
+        Like `read`, but no task has to be woken for each piece: `take` may be called from anywhere in the event loop. Raises
+        what `read` raises, and what `take` does. Safe to cancel.
+        """
+
     def close(self) -> None:
         """Let go of the response. Before its end this drops the connection, so that the provider stops working."""
 
@@ -76,6 +83,13 @@ class MemoryResponse:
         if isinstance(piece, UpstreamError):
             raise piece
         return piece
+
+    async def flow(self, take: Callable[[bytes], bool]) -> bool:
+        """Piece by piece."""
+        while piece := await self.read():
+            if take(piece):
+                return False
+        return True
 
     def close(self) -> None:
         """Remember that the response was let go of."""
