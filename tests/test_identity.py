@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from aibridge.identity import Actor, LocalUser, TrustedProxy, actor_of, as_actor, without_headers
+from aibridge.identity import Actor, LocalUser, TrustedProxy, actor_of, as_actor
 
 
 def scope(*fields: tuple[bytes, bytes], client: Any = ("127.0.0.1", 5)) -> dict[str, Any]:
@@ -24,12 +24,6 @@ def test_an_actor_in_a_scope() -> None:
     assert actor_of({"aibridge.actor": "alice"}) is None, "somebody else's idea of an actor"
     with pytest.raises(ValueError, match="id"):
         Actor("")
-
-
-def test_a_scope_without_some_headers() -> None:
-    before = scope((b"a", b"1"), (b"b", b"2"), (b"a", b"3"))
-    assert without_headers(before, frozenset({b"a"}))["headers"] == [(b"b", b"2")]
-    assert len(before["headers"]) == 3
 
 
 async def test_the_local_user(monkeypatch: pytest.MonkeyPatch) -> None:

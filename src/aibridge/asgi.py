@@ -39,7 +39,9 @@ class ClientConnection:
     """Reads the request and writes the response of one HTTP exchange."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope = scope
         self.headers: Headers = scope["headers"]
+        self.path = path_of(scope)
         self.method: str = scope["method"]
         self.query: str = scope.get("query_string", b"").decode("latin-1")
         self.started = False
@@ -50,10 +52,16 @@ class ClientConnection:
         """A shorter way to the client, where its server offers one."""
         self._receive = receive
         self._send = send
+        self._first: dict[bytes, bytes] = dict(reversed(self.headers))
 
     def header(self, name: bytes) -> str:
         """The first value of a request header, or an empty string."""
-        return next((value.decode("latin-1") for key, value in self.headers if key == name), "")
+        return self._first.get(name, b"").decode("latin-1")
+
+    def without_headers(self, names: frozenset[bytes]) -> None:
+        """Forget some header fields: nobody else gets to know them."""
+        self.headers = [field for field in self.headers if field[0] not in names]
+        self._first = dict(reversed(self.headers))
 
     async def body(self, limit: int) -> bytes:
         """The whole request body. Raises `BodyTooLarge` or `ClientDisconnected`."""

@@ -3,10 +3,11 @@
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from itertools import chain
 from types import TracebackType
 from typing import Final, Self
 
-from aibridge.asgi import ClientConnection, Receive, Scope, Send, path_of
+from aibridge.asgi import ClientConnection, Receive, Scope, Send
 from aibridge.errors import (
     BridgeError,
     ClientDisconnected,
@@ -17,7 +18,7 @@ from aibridge.errors import (
     UpgradeRefused,
 )
 from aibridge.httpclient import HttpUpstream
-from aibridge.identity import actor_of
+from aibridge.identity import Actor, actor_of
 from aibridge.injection import Injection
 from aibridge.interruptible import Stopping
 from aibridge.ledger import Ledger, Observer, WhenUnrecordable
@@ -68,6 +69,14 @@ class RequestBridge:
         self._injection = injection
         self._max_body_bytes = max_body_bytes
         self._max_header_bytes = max_header_bytes
+        self._interceptors = {
+            f"/{provider.name}{route.pattern}": Interceptor(
+                provider, route, route.format, self._upstream, self._ledger, max_body_bytes, injection
+            )
+            for provider in self._providers.values()
+            for route in provider.routes
+            if route.format is not None
+        }
         self._stopping = Stopping()
         self._open = AsyncExitStack()
 
@@ -98,50 +107,50 @@ class RequestBridge:
         elif scope["type"] == "websocket":
             await _refuse_websocket(scope, receive, send)
         else:
-            await self._serve(scope, receive, send)
+            await self.serve(ClientConnection(scope, receive, send), actor_of(scope))
 
-    def kind_of(self, scope: Scope) -> ProviderKind:
+    def kind_of(self, path: str) -> ProviderKind:
         """The kind of the provider that a request is for, which says how an error must look to its client."""
-        provider = self._providers.get(path_of(scope).removeprefix("/").partition("/")[0])
+        provider = self._providers.get(path.removeprefix("/").partition("/")[0])
         return "openai" if provider is None else provider.kind
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        client = ClientConnection(scope, receive, send)
+    async def serve(self, client: ClientConnection, actor: Actor | None) -> None:
+        """Serve one request of somebody, and refuse one of nobody."""
         try:
-            await self._dispatch(client, scope)
+            await self._dispatch(client, actor)
         except BridgeError as error:
-            await client.refuse(self.kind_of(scope), error)
+            await client.refuse(self.kind_of(client.path), error)
         except ClientDisconnected:
             logger.debug("a client left while its request was read")
 
-    async def _dispatch(self, client: ClientConnection, scope: Scope) -> None:
+    async def _dispatch(self, client: ClientConnection, actor: Actor | None) -> None:
         if client.header(b"upgrade").lower() == "websocket":
             raise _NO_WEBSOCKET
-        if sum(len(name) + len(value) for name, value in client.headers) > self._max_header_bytes:
+        if sum(map(len, chain.from_iterable(client.headers))) > self._max_header_bytes:
             raise HeadersTooLarge(f"The request headers are larger than {self._max_header_bytes} bytes.")
-        actor = actor_of(scope)
         if actor is None:
             raise NotAuthenticated("Nobody is known to be behind this request.")
-        provider, route, path = self._find(client.method, path_of(scope))
-        if route.format is None:
-            adapted = Adapted(path)
-            if self._injection is not None and route.about is not None:
-                history = scope_of(actor, provider, route.about)
-                adapted = await adapt(self._injection, route.about, history, client, path, self._max_body_bytes)
-            await pass_through(
-                client,
-                provider,
-                route,
-                adapted,
-                upstream=self._upstream,
-                observers=self._ledger.observers,
-                max_body_bytes=self._max_body_bytes,
-            )
-        else:
-            interceptor = Interceptor(
-                provider, route, route.format, self._upstream, self._ledger, self._max_body_bytes, self._injection
-            )
+        interceptor = self._interceptors.get(client.path) if client.method == "POST" else None
+        if interceptor is not None:
             await interceptor.handle(client, actor, stopping=self._stopping)
+        else:
+            await self._pass_through(client, actor)
+
+    async def _pass_through(self, client: ClientConnection, actor: Actor) -> None:
+        provider, route, path = self._find(client.method, client.path)
+        adapted = Adapted(path)
+        if self._injection is not None and route.about is not None:
+            history = scope_of(actor, provider, route.about)
+            adapted = await adapt(self._injection, route.about, history, client, path, self._max_body_bytes)
+        await pass_through(
+            client,
+            provider,
+            route,
+            adapted,
+            upstream=self._upstream,
+            observers=self._ledger.observers,
+            max_body_bytes=self._max_body_bytes,
+        )
 
     def _find(self, method: str, path: str) -> tuple[Provider, Route, str]:
         name, _, rest = path.removeprefix("/").partition("/")

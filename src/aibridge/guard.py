@@ -13,6 +13,7 @@ from typing import Final
 from aibridge.errors import Forbidden
 from aibridge.wire.base import Headers
 
+_TELLING: Final = frozenset({b"host", b"origin", b"sec-fetch-site"})
 _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 
 _HOST: Final = re.compile(r"(?:(?P<name>[a-z0-9._-]+)|\[(?P<address>[0-9a-f:.]+)\])(?::[0-9]*)?")
@@ -29,10 +30,11 @@ class LoopbackGuard:
 
     def check(self, headers: Headers) -> None:
         """Raises `Forbidden` for a request with a foreign Host, or one that a foreign web page has made."""
-        hosts = [_decoded(value) for name, value in headers if name == b"host"]
+        telling = [field for field in headers if field[0] in _TELLING]
+        hosts = [_decoded(value) for name, value in telling if name == b"host"]
         if len(hosts) != 1 or _host_name(hosts[0]) not in self._names:
             raise Forbidden("The Host header does not name this server.")
-        for name, value in headers:
+        for name, value in telling:
             if name == b"sec-fetch-site" and _decoded(value) not in _OWN_FETCHES:
                 raise Forbidden("Web pages of other origins may not use this server.")
             if name == b"origin" and _decoded(value) not in (f"http://{hosts[0]}", f"https://{hosts[0]}"):

@@ -33,11 +33,6 @@ def as_actor(scope: Scope, actor: Actor) -> dict[str, Any]:
     return {**scope, SCOPE_KEY: actor}
 
 
-def without_headers(scope: Scope, names: frozenset[bytes]) -> dict[str, Any]:
-    """A copy of an ASGI scope without some of its request headers."""
-    return {**scope, "headers": [field for field in scope["headers"] if field[0] not in names]}
-
-
 def actor_of(scope: Scope) -> Actor | None:
     """The actor of a scope, if there is one."""
     actor = scope.get(SCOPE_KEY)

@@ -155,9 +155,14 @@ class Provider:
         """OpenAI, or another server that speaks Chat Completions or Responses. `base_url` includes ``/v1``."""
         return cls(name, "openai", base_url, api_key)
 
+    @property
+    def routes(self) -> tuple[Route, ...]:
+        """The allow-listed routes."""
+        return _ROUTES[self.kind]
+
     def route(self, method: str, path: str) -> Route | None:
         """The allow-listed route of a request, if there is one. `path` is percent-encoded, below the provider's name."""
-        return next((route for route in _ROUTES[self.kind] if route.matches(method, path)), None)
+        return next((route for route in self.routes if route.matches(method, path)), None)
 
     def url(self, path: str, query: str) -> str:
         """Where a request goes. `path` and `query` are passed on as they are encoded."""

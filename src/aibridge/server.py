@@ -22,15 +22,15 @@ from prometheus_client import (
     generate_latest,
 )
 
-from aibridge.asgi import App, ClientConnection, Receive, Scope, Send, path_of
+from aibridge.asgi import App, ClientConnection, Receive, Scope, Send
 from aibridge.bridge import RequestBridge
 from aibridge.config import Settings
-from aibridge.errors import BridgeError, NotAuthenticated
+from aibridge.errors import BridgeError
 from aibridge.guard import LoopbackGuard
 from aibridge.httpclient import HttpUpstream
 from aibridge.httpconnection import bracketed
 from aibridge.httpserver import HttpServer, bound
-from aibridge.identity import Authenticator, LocalUser, TrustedProxy, as_actor, without_headers
+from aibridge.identity import Actor, Authenticator, LocalUser, TrustedProxy
 from aibridge.injection import Injection
 from aibridge.metrics import Metrics
 from aibridge.recording import Recorder, SqliteApprovals, SqliteHistory, SqliteRecorder
@@ -74,7 +74,7 @@ class Server:
         try:
             if self._guard is not None:
                 self._guard.check(client.headers)
-            match path_of(scope):
+            match client.path:
                 case "/healthz":
                     await _answer(client, 200, b"application/json", b'{"status":"ok"}')
                 case "/readyz":
@@ -82,9 +82,9 @@ class Server:
                 case "/metrics":
                     await _answer(client, 200, CONTENT_TYPE_LATEST.encode(), generate_latest(self._registry))
                 case _:
-                    await self._bridge(await self._identified(scope), receive, send)
+                    await self._bridge.serve(client, await self._identified(client))
         except BridgeError as error:
-            await client.refuse(self._bridge.kind_of(scope), error)
+            await client.refuse(self._bridge.kind_of(client.path), error)
 
     async def __aenter__(self) -> Self:
         """Open what the bridge needs."""
@@ -103,12 +103,12 @@ class Server:
         found = {"ready": problem is None, "reasons": [] if problem is None else [problem]}
         await _answer(client, 200 if problem is None else 503, b"application/json", msgspec.json.encode(found))
 
-    async def _identified(self, scope: Scope) -> Scope:
-        """The request with its actor, without what said who it is. Without an actor the bridge refuses it."""
-        actor = await self._authenticator.authenticate(scope)
-        if actor is None:
-            raise NotAuthenticated("Nobody is known to be behind this request.")
-        return as_actor(without_headers(scope, self._authenticator.consumes), actor)
+    async def _identified(self, client: ClientConnection) -> Actor | None:
+        """Who is behind a request, which forgets what said so. Without an actor the bridge refuses it."""
+        actor = await self._authenticator.authenticate(client.scope)
+        if self._authenticator.consumes:
+            client.without_headers(self._authenticator.consumes)
+        return actor
 
 
 def _authenticator(settings: Settings) -> Authenticator:
