@@ -19,7 +19,7 @@ import uuid_utils
 
 from aibridge.commands import End
 from aibridge.errors import RecordingFailed
-from aibridge.recording.base import Recorder
+from aibridge.recording.base import Recorder, RecordsLost
 from aibridge.records import (
     Interception,
     InterceptionEnded,
@@ -131,13 +131,15 @@ class Entry:
         self._started = time.monotonic()
         self._first_byte: float | None = None
         self._answered = False  # an upstream response was recorded
+        self._unwritten: list[Record] = []
         self._pending: list[asyncio.Future[None]] = []
         self._lost = False
         self._ended = False
 
     async def start(self) -> None:
         """Record the start. Raises `RecordingFailed` when that cannot be done and the policy is to refuse."""
-        self._hand_over(self._interception)
+        self._unwritten.append(self._interception)
+        self._hand_over()
         try:
             await self._settle()
         except asyncio.CancelledError:
@@ -230,6 +232,7 @@ class Entry:
         Raises `RecordingFailed` when one was lost and the policy is to refuse.
         """
         self._put_end(end)
+        self._hand_over()
         await self._settle()
 
     def abandon(self) -> None:
@@ -254,45 +257,62 @@ class Entry:
         )
 
     def _put(self, record: Record) -> None:
-        self._hand_over(record)
+        if not self._unwritten:  # what comes with it, and mostly that is all there is, is handed over with it
+            asyncio.get_running_loop().call_soon(self._hand_over)
+        self._unwritten.append(record)
         notify(self._ledger.observers, record)
 
-    def _hand_over(self, record: Record) -> None:
-        """Give a record to the recorder. Its writing goes on by itself, and its loss is counted, whoever waits for it."""
+    def _hand_over(self) -> None:
+        """Give records to the recorder. Their writing goes on by itself, and a loss is counted, whoever waits for it."""
+        if self._unwritten:
+            records, self._unwritten = self._unwritten, []
+            together = getattr(self._ledger.recorder, "record_together", None)
+            if together is not None:
+                self._await(records, partial(together, records))
+                return
+            for record in records:
+                self._await((record,), partial(_write, self._ledger.recorder, record))
+
+    def _await(self, records: Sequence[Record], write: Callable[[], Awaitable[None] | None]) -> None:
         try:
-            awaitable = _write(self._ledger.recorder, record)
+            awaitable = write()
         except Exception as error:  # noqa: BLE001  a recorder may raise anything; what it raises means lost
-            self._lose(record, error)
+            self._lose(records, error)
             return
         if awaitable is None:
             return
         if not isinstance(awaitable, asyncio.Future):
             before = self._pending[-1] if self._pending else None
             awaitable = self._ledger.carry_out(_after(before, awaitable))
-        awaitable.add_done_callback(partial(self._written, record))
+        awaitable.add_done_callback(partial(self._written, records))
         self._pending.append(awaitable)
 
-    def _written(self, record: Record, future: asyncio.Future[None]) -> None:
-        error = asyncio.CancelledError() if future.cancelled() else future.exception()
-        if error is not None:
-            self._lose(record, error)
-
-    def _lose(self, record: Record, error: BaseException) -> None:
-        # A foreign error may quote what it could not store.
-        reason = str(error) if isinstance(error, RecordingFailed) else type(error).__name__
-        logger.error("record lost: %s of interception %s: %s", type(record).__name__, self._interception.id, reason)
-        self._lost = True
-        self._ledger.lose(record)
-
     async def _settle(self) -> None:
-        """Wait for all records that were handed over. Cancelling the wait does not cancel the writing."""
-        if self._pending:
-            for future in reversed(self._pending):  # they are done in order, so the first wait is mostly the only one
-                if not future.done():
-                    await asyncio.wait([future])
-            self._pending.clear()
+        """Wait for all records that were handed over. Cancelling the wait does not cancel the writing.
+
+        Raises `RecordingFailed` when one was lost and the policy is to refuse.
+        """
+        for future in self._pending:
+            await _finished(future)
+            self._lost = self._lost or future.cancelled() or future.exception() is not None
+        self._pending.clear()
         if self._lost and self._ledger.when_unrecordable == "refuse":
             raise RecordingFailed("The request cannot be recorded at the moment, so it is not served.")
+
+    def _written(self, records: Sequence[Record], future: asyncio.Future[None]) -> None:
+        error = asyncio.CancelledError() if future.cancelled() else future.exception()
+        if error is not None:
+            self._lose(records, error)
+
+    def _lose(self, records: Sequence[Record], error: BaseException) -> None:
+        reasons = error.lost if isinstance(error, RecordsLost) else dict.fromkeys(range(len(records)), error)
+        for index, reason in reasons.items():
+            # A foreign error may quote what it could not store.
+            said = str(reason) if isinstance(reason, str | RecordingFailed) else type(reason).__name__
+            name = type(records[index]).__name__
+            logger.error("record lost: %s of interception %s: %s", name, self._interception.id, said)
+            self._lost = True
+            self._ledger.lose(records[index])
 
     def _without_secrets(self, error: str | None) -> str | None:
         """Providers quote credentials in their errors; ours must not be among them."""
@@ -309,9 +329,22 @@ def _unicode(text: bytes) -> bytes:
     return text.decode(errors="replace").encode()
 
 
+async def _finished(future: asyncio.Future[None]) -> None:
+    """Wait for somebody else's future, whose end is not ours to cause: `asyncio.wait` for one, at a tenth of its cost."""
+    if not future.done():
+        over = asyncio.get_running_loop().create_future()
+
+        def tell(_: asyncio.Future[None]) -> None:
+            if not over.done():
+                over.set_result(None)
+
+        future.add_done_callback(tell)
+        await over
+
+
 async def _after(before: asyncio.Future[None] | None, awaitable: Awaitable[None]) -> None:
     if before is not None:
-        await asyncio.wait([before])
+        await _finished(before)
     await awaitable
 
 

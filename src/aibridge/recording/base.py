@@ -1,8 +1,9 @@
 """The `Recorder` protocol, and the implementation that keeps everything in memory."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
+from aibridge.errors import RecordingFailed
 from aibridge.records import (
     Interception,
     InterceptionEnded,
@@ -17,6 +18,14 @@ LossReport = Callable[[Record | None], None]
 """Is told of a record that was durable and is lost all the same; None stands for one that cannot even be read."""
 
 
+class RecordsLost(RecordingFailed):
+    """Some of the records that were handed over together are lost: which, by their place, and why."""
+
+    def __init__(self, lost: Mapping[int, str]) -> None:
+        super().__init__("; ".join(lost.values()))
+        self.lost = lost
+
+
 class Recorder(Protocol):
     """Keeps records. Each method returns an awaitable that is done when the record is durable; ``async def`` will do.
 
@@ -24,7 +33,9 @@ class Recorder(Protocol):
     What a method raises means that the record is lost.
     A recorder that is an async context manager is entered and left together with the bridge.
     A recorder may also have ``record_model_thought(record: ModelThought)``; without it thoughts are not kept. And it may
-    have ``report_losses(to: LossReport)``, by which it gets to know whom to tell of records that it loses later.
+    have ``report_losses(to: LossReport)``, by which it gets to know whom to tell of records that it loses later; and
+    ``record_together(records: Sequence[Record])``, which is called instead of the others, with what is known at one time of
+    one interception, and whose awaitable may raise `RecordsLost`.
     """
 
     def record_interception(self, record: Interception, /) -> Awaitable[None]:
