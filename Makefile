@@ -4,10 +4,12 @@
 # Give the interpreter on the command line to choose another one: make PYTHON=/path/to/python3.13 run
 PYTHON =
 PYTHONS = $(or $(PYTHON),python3.11 python3 python3.12 python3.13 python3.14)
-# More arguments for `run`, `test`, `fuzz`, `demo`, `example` and `bench-streams`: make run ARGS="--port 9000"
+# More arguments for `run`, `test`, `fuzz`, `demo`, `example`, `bench`, `bench-quick` and `soak`: make run ARGS="--port 9000"
 ARGS =
 # How hard `fuzz` tries.
 FUZZ_EXAMPLES = 20000
+# The version to compare with. Portkey's is in benchmarks/tools/portkey.json.
+LITELLM = 1.106.2
 
 VENV = .venv
 BIN = $(VENV)/bin
@@ -31,7 +33,7 @@ unexport $(filter PYTHON% PYTEST_% COVERAGE_%,$(.VARIABLES))
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help run demo example test lint format types fuzz bench-streams build constraints clean
+.PHONY: help run demo example test lint format types fuzz bench bench-quick bench-peers soak build constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -66,8 +68,22 @@ types: $(VENV)/.dev ## check types, strictly
 fuzz: $(VENV)/.dev ## the long fuzz run over the wire formats (FUZZ_EXAMPLES=20000)
 	AIBRIDGE_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest --numprocesses auto tests/test_fuzz.py $(ARGS)
 
-bench-streams: $(VENV)/.dev ## measure many streams open at once: failures, memory per stream, delay per event
-	@$(BIN)/python benchmarks/streams.py $(ARGS)
+bench: $(VENV)/.dev ## measure what the gateway costs beside nginx and the peers that are installed: a quarter of an hour
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+bench-quick: $(VENV)/.dev ## the same with fewer and shorter rounds: under two minutes
+	@$(BIN)/python -m benchmarks --quick $(ARGS)
+
+soak: $(VENV)/.dev ## ten minutes of mixed traffic: is memory flat, do descriptors stay?
+	@$(BIN)/python -m benchmarks.soak $(ARGS)
+
+# Each in an environment of its own, below .bench: what they need is not what we need.
+bench-peers: $(VENV)/.created ## install the gateways to compare with: LiteLLM, and Portkey where npm is
+	$(BIN)/python -m venv .bench/litellm
+	.bench/litellm/bin/python -m pip --disable-pip-version-check --quiet install 'litellm[proxy]==$(LITELLM)'
+	@mkdir -p .bench/portkey
+	cp benchmarks/tools/portkey.json .bench/portkey/package.json
+	$(if $(NPM),npm install --prefix .bench/portkey --no-audit --no-fund --ignore-scripts,@echo "npm is not there: no Portkey.")
 
 build: $(VENV)/.runtime ## build the wheel into dist/
 	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
@@ -84,7 +100,7 @@ constraints: $(VENV)/.created ## resolve all dependencies anew, in a fresh envir
 	@rm -rf $(VENV)-constraints
 
 clean: ## remove what the targets above made, except databases
-	rm -rf $(VENV) $(VENV)-constraints constraints.txt.new dist build $(CLIENTS)/node_modules .coverage .coverage.* htmlcov
+	rm -rf $(VENV) $(VENV)-constraints constraints.txt.new dist build .bench $(CLIENTS)/node_modules .coverage .coverage.* htmlcov
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src tests example benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
