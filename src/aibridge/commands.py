@@ -3,8 +3,9 @@
 """
 
 from collections.abc import Generator
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from aibridge.records import Status
 from aibridge.tools import Call, Outcome, Toolset
@@ -12,20 +13,17 @@ from aibridge.wire.base import Headers, Request, ResponseFacts
 from aibridge.wire.turns import Memory
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(Struct, frozen=True):
     """Send the request to the provider. Answered with the `ResponseHead`."""
 
     request: Request
 
 
-@dataclass(frozen=True, slots=True)
-class Receive:
+class Receive(Struct, frozen=True):
     """Wait for the next bytes of the provider's response. Answered with them, or with ``b""`` at its end."""
 
 
-@dataclass(frozen=True, slots=True)
-class Respond:
+class Respond(Struct, frozen=True):
     """Begin the response to the client.
 
     `keep_alive` may be written between any two relays when nothing else was for a while; where it is empty, the provider
@@ -37,46 +35,40 @@ class Respond:
     keep_alive: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
-class Relay:
+class Relay(Struct, frozen=True):
     """Pass bytes on to the client. Answered with whether it is still there: a response may be read on for the record."""
 
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(Struct, frozen=True):
     """Record what one upstream response said. Does not wait: records keep their order, and `End` waits for all."""
 
     facts: ResponseFacts
 
 
-@dataclass(frozen=True, slots=True)
-class Answers:
+class Answers(Struct, frozen=True):
     """What came of calls, in their order. `out_of_time`: the time that the whole request may take with tools is used up."""
 
     outcomes: tuple[Outcome, ...]
     out_of_time: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class CallTools:
+class CallTools(Struct, frozen=True):
     """Run calls of injected tools, all at once, and record each. Answered with `Answers`."""
 
     response_id: str | None
     calls: tuple[Call, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Remember:
+class Remember(Struct, frozen=True):
     """Keep what the client was not shown, and the tools that it was offered, for the next request of its conversation."""
 
     memory: Memory
     toolset: Toolset
 
 
-@dataclass(frozen=True, slots=True)
-class End:
+class End(Struct, frozen=True):
     """Record how the interception ended, and wait until all its records are durable."""
 
     status: Status
@@ -84,8 +76,7 @@ class End:
     error: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Abort:
+class Abort(Struct, frozen=True):
     """Break off the response to the client, so that it cannot be mistaken for a complete one."""
 
 

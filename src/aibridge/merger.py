@@ -4,7 +4,7 @@ A `Merger` presents one upstream response or several as one. With nothing inject
 an observer reads a copy. In the inner loop of injected tools the wire format merges (`aibridge.wire.turns`).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 import msgspec
@@ -315,7 +315,7 @@ class LoopMerger:
         """The head of the first response with the merged body."""
         body = self.finish()
         length = (b"content-length", b"%d" % len(body))
-        return replace(self._beginning, headers=[*self._beginning.headers, length]), Relay(body)
+        return Respond(self._beginning.status, [*self._beginning.headers, length]), Relay(body)
 
     def error_event(self) -> bytes | None:
         """The failure as an event of the stream, with the provider's words where it refused a later request."""
