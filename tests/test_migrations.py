@@ -1,10 +1,11 @@
-"""The schema: Alembic makes it, once, whoever comes first, all of it or nothing.
+"""The schema: made once, by whoever comes first, all of it or nothing; and brought up to date by Alembic.
 
 Truth: the tables of design.md section 3, spelled out here; `aibridge.records` says that field names are column names.
 """
 
 import fcntl
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -148,36 +149,62 @@ def test_nobody_else_creates_or_upgrades_meanwhile(path: Path, locks: Path, monk
 
         return checked
 
-    for name in ("_create", "_upgrade"):
+    for name in ("_create", "_populate", "_upgrade"):
         monkeypatch.setattr(schema, name, alone(name, getattr(schema, name)))
     migrate(path, locks, 1.0)
-    assert taken == ["_create", "_upgrade"]
+    monkeypatch.setattr(schema, "HEAD", "a later one")
+    migrate(path, locks, 1.0)
+    assert taken == ["_create", "_populate", "_create", "_upgrade"]
     with (locks / "migration.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_a_database_that_is_up_to_date_does_without_alembic(path: Path) -> None:
-    for expected in ("alembic sqlalchemy\n", "\n"):
-        output, errors = started(path, expected).communicate(timeout=60)
-        assert output == expected, errors
-
-
 def schema_of(path: Path) -> list[tuple[object, ...]]:
-    return query(path, "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY type, name")
+    """All that SQLite knows of it, but for the white space of statements."""
+    found = query(path, "SELECT type, name, tbl_name, coalesce(sql, '') FROM sqlite_master ORDER BY type, name")
+    return [(*names, re.sub(r"\s", "", str(sql))) for *names, sql in found]
+
+
+@pytest.fixture
+def migrations(tmp_path: Path) -> Path:
+    """A directory of migrations that has only the first one."""
+    directory = tmp_path / "migrations"
+    (directory / "versions").mkdir(parents=True)
+    (first,) = (MIGRATIONS / "versions").glob("0001*.py")
+    for file in (MIGRATIONS / "env.py", first):
+        (directory / file.relative_to(MIGRATIONS)).write_text(file.read_text())
+    return directory
+
+
+def migrated(path: Path, migrations: Path = MIGRATIONS) -> None:
+    """Make a database from the migrations alone."""
+    schema._create(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schema, "MIGRATIONS", migrations)
+        schema._upgrade(path, 1.0)
+
+
+def test_a_new_database_is_what_the_migrations_come_to(path: Path, locks: Path, tmp_path: Path) -> None:
+    migrate(path, locks, 1.0)
+    stepwise = tmp_path / "stepwise.db"
+    migrated(stepwise)
+    assert schema_of(path) == schema_of(stepwise)
+    for of_it in ("SELECT * FROM alembic_version", "PRAGMA journal_mode"):
+        assert query(path, of_it) == query(stepwise, of_it)
+
+
+def test_only_a_database_of_an_earlier_version_needs_alembic(path: Path, tmp_path: Path, migrations: Path) -> None:
+    earlier = tmp_path / "earlier.db"
+    migrated(earlier, migrations)
+    for start, (database, loaded) in enumerate([(path, "\n"), (path, "\n"), (earlier, "alembic sqlalchemy\n")]):
+        output, errors = started(database, str(start)).communicate(timeout=60)
+        assert output == loaded, errors
 
 
 def test_a_database_of_an_earlier_version_is_brought_up_to_date(
-    path: Path, locks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, locks: Path, tmp_path: Path, migrations: Path
 ) -> None:
-    earlier = tmp_path / "migrations"
-    (earlier / "versions").mkdir(parents=True)
-    (first,) = (MIGRATIONS / "versions").glob("0001*.py")
-    for file in (MIGRATIONS / "env.py", first):
-        (earlier / file.relative_to(MIGRATIONS)).write_text(file.read_text())
-    with monkeypatch.context() as patch:
-        patch.setattr(schema, "MIGRATIONS", earlier)
-        patch.setattr(schema, "HEAD", "0001")
-        migrate(path, locks, 1.0)
+    migrated(path, migrations)
     query(path, "INSERT INTO aibridge_model_thoughts VALUES ('m', 'i', 'Hm.', '{}', '2026-11-21')")
     assert "aibridge_hidden_turns" not in tables(path)
     migrate(path, locks, 1.0)
@@ -188,24 +215,43 @@ def test_a_database_of_an_earlier_version_is_brought_up_to_date(
 
 
 def test_a_migration_that_fails_leaves_nothing_behind(
-    path: Path, locks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, locks: Path, migrations: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    versions = tmp_path / "migrations" / "versions"
-    versions.mkdir(parents=True)
-    (tmp_path / "migrations" / "env.py").write_text((MIGRATIONS / "env.py").read_text())
-    (first,) = (MIGRATIONS / "versions").glob("0001*.py")
-    (versions / first.name).write_text(first.read_text())
-    (versions / "0002.py").write_text(
+    migrated(path, migrations)
+    before = schema_of(path)
+    (migrations / "versions" / "0002.py").write_text(
         'from alembic import op\nrevision, down_revision = "0002", "0001"\n'
         'def upgrade():\n    op.execute("CREATE TABLE half (x)")\n    op.execute("CREATE TABLE half (x)")\n'
     )
     with monkeypatch.context() as patch:
-        patch.setattr(schema, "MIGRATIONS", tmp_path / "migrations")
+        patch.setattr(schema, "MIGRATIONS", migrations)
+        with pytest.raises(sqlite3.OperationalError, match="half already exists"):
+            migrate(path, locks, 1.0)
+    assert schema_of(path) == before
+    migrate(path, locks, 1.0)
+    assert tables(path) == {*CONTRACT, "alembic_version"}
+
+
+def test_a_new_database_that_fails_has_nothing_in_it(
+    path: Path, locks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "schema.sql"
+    broken.write_text(schema.SCHEMA.read_text() + "CREATE TABLE half (x);\nCREATE TABLE half (x);\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "SCHEMA", broken)
         with pytest.raises(sqlite3.OperationalError, match="half already exists"):
             migrate(path, locks, 1.0)
     assert tables(path) == set()
     migrate(path, locks, 1.0)
     assert tables(path) == {*CONTRACT, "alembic_version"}
+
+
+def test_it_may_stand_beside_tables_of_others(path: Path, locks: Path) -> None:
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE theirs (x)")
+    migrate(path, locks, 1.0)
+    assert tables(path) == {*CONTRACT, "alembic_version", "theirs"}
 
 
 def test_a_database_of_a_later_version_is_refused(path: Path, locks: Path) -> None:

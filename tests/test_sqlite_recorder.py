@@ -24,6 +24,7 @@ import pytest
 from aibridge.errors import RecordingFailed
 from aibridge.recording import SqliteRecorder, sqlite as sqlite_module, writer as writer_module
 from aibridge.recording.schema import HEAD
+from aibridge.recording.spool import Spool
 from aibridge.recording.sqlite import SqliteStore
 from aibridge.records import (
     Interception,
@@ -215,8 +216,11 @@ async def test_times_are_in_utc_whatever_the_clock_of_who_made_them(path: Path) 
     kolkata = NOON.astimezone(timezone(timedelta(hours=5, minutes=30)))
     async with SqliteRecorder(path) as recorder:
         await record_all(recorder, [start(started_at=kolkata), ended(ended_at=kolkata.replace(microsecond=0))])
+        await recorder.record_token_usage(usage(created_at=NOON.replace(microsecond=0)))
     found = row(path, "interceptions")
-    assert (found["started_at"], found["ended_at"]) == (NOON_TEXT, "2026-11-21T12:00:00.000000+00:00")
+    on_the_second = "2026-11-21T12:00:00.000000+00:00"
+    assert (found["started_at"], found["ended_at"]) == (NOON_TEXT, on_the_second)
+    assert row(path, "token_usages")["created_at"] == on_the_second
 
 
 async def test_a_providers_usage_object_is_kept_as_received(path: Path) -> None:
@@ -319,6 +323,64 @@ async def test_locked(path: Path, mode: str) -> None:
         await replayed(path)
         assert row(path, "token_usages")["id"] == "u"
         assert statuses(path) == {"i": "completed"}
+
+
+async def test_locked_for_a_moment_is_no_trouble(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock ends only when the writer has met it: then it draws how long to wait."""
+    met = threading.Event()
+
+    def draw(least: float, most: float) -> float:
+        met.set()
+        return most
+
+    monkeypatch.setattr(sqlite_module, "_BUSY_SECONDS", WAIT_SECONDS)
+    monkeypatch.setattr("aibridge.recording.sqlite.random.uniform", draw)
+    async with SqliteRecorder(path) as recorder:
+        recorder._writer._spool.append = None  # type: ignore[method-assign,assignment]  # it must not come to that
+        with database(path) as other:
+            other.execute("BEGIN IMMEDIATE")
+            recording = asyncio.create_task(record_all(recorder, one_of_each()))
+            assert await asyncio.to_thread(met.wait, WAIT_SECONDS)
+            other.execute("ROLLBACK")
+            assert await recording == [None] * 6
+    assert statuses(path) == {"i": "completed"}
+
+
+async def test_processes_that_never_pause_leave_room_for_each_other(path: Path) -> None:
+    """The spool is for trouble, and others that write are none."""
+    processes = [
+        subprocess.Popen([sys.executable, "-c", BUSY, str(path), str(n)], stderr=subprocess.PIPE, text=True)
+        for n in range(4)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=60)
+        assert (process.returncode, errors) == (0, "")
+    assert statuses(path) == {f"{n} {k}": "completed" for n in range(4) for k in range(400)}
+    assert len(rows(path, "token_usages")) == 1600
+
+
+BUSY = """
+import asyncio, logging, sys
+from aibridge.recording import SqliteRecorder
+from tests.support.records import ended, start, usage
+
+async def one(recorder, id):
+    await recorder.record_interception(start(id))
+    await asyncio.gather(
+        recorder.record_token_usage(usage(id, interception_id=id)), recorder.record_interception_ended(ended(id))
+    )
+
+async def some(recorder, client):
+    for n in range(client, 400, 8):
+        await one(recorder, f"{sys.argv[2]} {n}")
+
+async def main():
+    async with SqliteRecorder(sys.argv[1]) as recorder:
+        await asyncio.gather(*(some(recorder, client) for client in range(8)))
+
+logging.basicConfig(level=logging.WARNING)
+asyncio.run(main())
+"""
 
 
 @pytest.mark.parametrize("at", ["_execute", "_connect"])
@@ -543,6 +605,25 @@ async def test_a_start_closes_what_a_dead_process_left_open_and_nothing_else(pat
             assert [file.stem for file in spool_files(path)].count(dead) == 0
         await living.record_interception_ended(ended("living"))
     assert statuses(path) == {"living": "completed", "dead": "interrupted"}
+
+
+async def test_nobody_begins_anything_between_the_look_at_who_lives_and_the_closing(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a process that starts in between would be taken for dead."""
+    alive = Spool.alive
+    refused: list[str] = []
+
+    def interfering(spool: Spool) -> list[str]:
+        with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as other:
+            with pytest.raises(sqlite3.OperationalError) as found:
+                other.execute("BEGIN IMMEDIATE")
+            refused.append(found.value.sqlite_errorname)
+        return alive(spool)
+
+    monkeypatch.setattr(Spool, "alive", interfering)
+    async with SqliteRecorder(path):
+        assert refused == ["SQLITE_BUSY"]
 
 
 async def test_what_a_dead_process_had_spooled_is_replayed_before_its_rest_is_closed(path: Path) -> None:

@@ -138,7 +138,7 @@ async def test_a_full_queue_holds_back_what_begins_and_not_what_is_under_way(sto
         futures = [await stuck(store, writer)]
         futures += [writer.submit(start(f"s{n}")) for n in range(15)]
         futures += [writer.submit(ended("stuck"))]
-        assert writer._queue.qsize() == 11  # ten starts, and the end of one under way
+        assert writer._waiting == 11  # ten starts, and the end of one under way
         store.gate.set()
         await within_bounds(*futures)
     begun = [start(f"s{n}") for n in range(15)]
@@ -151,8 +151,8 @@ async def test_the_queue_stays_bounded_while_it_drains(store: MemoryStore, spool
         futures = [await stuck(store, writer)]
         for n in range(200):
             futures.append(writer.submit(start(f"s{n}")))
-            futures[-1].add_done_callback(lambda _: sizes.append(writer._queue.qsize()))
-        sizes = [writer._queue.qsize()]
+            futures[-1].add_done_callback(lambda _: sizes.append(writer._waiting))
+        sizes = [writer._waiting]
         store.gate.set()
         await within_bounds(*futures)
         longest = max(sizes)

@@ -1,7 +1,7 @@
 """A database in memory for the recorder's writer, which can be told to be slow, locked, picky or broken."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from aibridge.recording.writer import StoreUnavailable
 from aibridge.records import Record
@@ -54,8 +54,8 @@ class MemoryStore:
         self.instances.append(instance)
         return rejected
 
-    def close_interrupted(self, alive: Sequence[str]) -> int:
-        self.alive.append(list(alive))
+    def close_interrupted(self, alive: Callable[[], Sequence[str]]) -> int:
+        self.alive.append(list(alive()))
         if self.busy_when_closing:
             self.busy_when_closing -= 1
             raise StoreUnavailable("busy")

@@ -22,7 +22,7 @@ class RecordsLost(RecordingFailed):
     """Some of the records that were handed over together are lost: which, by their place, and why."""
 
     def __init__(self, lost: Mapping[int, str]) -> None:
-        super().__init__("; ".join(lost.values()))
+        super().__init__("; ".join(dict.fromkeys(lost.values())))
         self.lost = lost
 
 

@@ -5,14 +5,19 @@ the last moments with it, but never the database's integrity (sqlite.org/pragma.
 """
 
 import os
+import random
 import sqlite3
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
 import msgspec
+from msgspec.structs import astuple
 
 from aibridge.recording.base import LossReport
 from aibridge.recording.schema import connect, directory_beside, identity, migrate
@@ -29,6 +34,7 @@ from aibridge.records import (
 )
 
 _BUSY_SECONDS: Final = 1.0
+_PAUSE_SECONDS: Final = 0.0005
 
 # In this order within a batch: what a record refers to is there before it.
 _TABLES: Final[dict[type[Record], str]] = {
@@ -40,19 +46,16 @@ _TABLES: Final[dict[type[Record], str]] = {
 }
 
 
-def _insert(table: str, columns: Sequence[str]) -> str:
+def _insert(kind: type[Record]) -> str:
+    columns = kind.__struct_fields__ + (("instance", "status") if kind is Interception else ())
     marks = ", ".join("?" * len(columns))
-    return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks}) ON CONFLICT (id) DO NOTHING"  # noqa: S608  constants
+    return f"INSERT INTO {_TABLES[kind]} ({', '.join(columns)}) VALUES ({marks}) ON CONFLICT (id) DO NOTHING"  # noqa: S608  constants
 
 
-_COLUMNS: Final = {kind: kind.__struct_fields__ for kind in _TABLES}
-_INSERTS: Final = {
-    kind: _insert(table, (*_COLUMNS[kind], *(("instance", "status") if kind is Interception else ())))
-    for kind, table in _TABLES.items()
-}
+_INSERTS: Final = {kind: _insert(kind) for kind in _TABLES}
 _END: Final = (
-    "UPDATE aibridge_interceptions SET ended_at = ?, status = ?, http_status = ?, error = ?, time_to_first_byte_ms = ?"
-    " WHERE id = ?"
+    "UPDATE aibridge_interceptions SET ended_at = ?2, status = ?3, http_status = ?4, error = ?5, time_to_first_byte_ms = ?6"
+    " WHERE id = ?1"
 )
 _INTERRUPT: Final = (
     "UPDATE aibridge_interceptions SET status = 'interrupted', ended_at = ?, error = 'the process ended before the response'"
@@ -113,6 +116,10 @@ class SqliteRecorder:
         """The model thought aloud."""
         return self._writer.submit(record)
 
+    def record_together(self, records: Sequence[Record]) -> Awaitable[None]:
+        """What became known of an interception at one time."""
+        return self._writer.submit(*records)
+
     def report_losses(self, to: LossReport) -> None:
         """Tell of records that were durable in the spool, and then could not be brought into the database."""
         self._writer.report_losses(to)
@@ -157,21 +164,17 @@ class SqliteStore:
         except Exception as error:  # whatever it is: the spool keeps what the database does not
             self._disconnect()
             raise StoreUnavailable(str(error)) from error
-        for index, record in enumerate(records):
-            if isinstance(record, InterceptionEnded):
-                self._open.pop(record.interception_id, None)
-            elif isinstance(record, Interception) and index not in rejected and instance == self._spool.instance:
-                self._open[record.id] = record
+        self._note(records, instance, rejected)
         return rejected
 
-    def close_interrupted(self, alive: Sequence[str]) -> int:
+    def close_interrupted(self, alive: Callable[[], Sequence[str]]) -> int:
         """Close the interceptions that no process in `alive` has open."""
-        now, instances = _time(datetime.now(UTC)), msgspec.json.encode(alive).decode()
         try:
-            cursor = self._connected().execute(_INTERRUPT, (now, instances))
+            with _transaction(self._connected()) as database:  # whoever writes from here on has to wait, dead or alive
+                instances = _encode(alive()).decode()
+                return database.execute(_INTERRUPT, (_time(datetime.now(UTC)), instances)).rowcount
         except (sqlite3.Error, OSError) as error:
             raise StoreUnavailable(str(error)) from error
-        return cursor.rowcount
 
     def close(self) -> None:
         """Disconnect."""
@@ -184,22 +187,13 @@ class SqliteStore:
         return self._transaction(records, instance)
 
     def _transaction(self, records: Sequence[Record], instance: str) -> Mapping[int, str]:
-        database = self._connected()
-        database.execute("BEGIN IMMEDIATE")
         try:
-            try:
+            with _transaction(self._connected()):
                 self._execute(records, instance)
-                rejected: Mapping[int, str] = {}
-            except _REJECTIONS:
-                database.execute("ROLLBACK")
-                database.execute("BEGIN IMMEDIATE")
-                rejected = self._execute_one_by_one(records, instance)
-            database.execute("COMMIT")
-        except BaseException:
-            if database.in_transaction:
-                database.execute("ROLLBACK")
-            raise
-        return rejected
+            return {}
+        except _REJECTIONS:
+            with _transaction(self._connected()):
+                return self._execute_one_by_one(records, instance)
 
     def _execute_one_by_one(self, records: Sequence[Record], instance: str) -> Mapping[int, str]:
         """Answers which of the records the database does not take. Each is one statement, which does all or nothing."""
@@ -215,18 +209,25 @@ class SqliteStore:
 
     def _execute(self, records: Sequence[Record], instance: str) -> None:
         database = self._connected()
+        rows: defaultdict[type[Record], list[list[Any]]] = defaultdict(list)
+        for record in records:
+            rows[type(record)].append(_row(record))
+        for row in rows[Interception]:
+            row.extend((instance, "in_progress"))
         for kind, statement in _INSERTS.items():
-            extra = (instance, "in_progress") if kind is Interception else ()
-            rows = [_row(record, extra) for record in records if type(record) is kind]
-            if rows:
-                database.executemany(statement, rows)
-        ends = [
-            (_time(end.ended_at), end.status, end.http_status, end.error, end.time_to_first_byte_ms, end.interception_id)
-            for end in records
-            if isinstance(end, InterceptionEnded)
-        ]
+            if rows[kind]:
+                database.executemany(statement, rows[kind])
+        ends = rows[InterceptionEnded]
         if ends and database.executemany(_END, ends).rowcount < len(ends):
             raise UnknownInterception
+
+    def _note(self, records: Sequence[Record], instance: str, rejected: Mapping[int, str]) -> None:
+        """Keep in mind which of our interceptions are open."""
+        for index, record in enumerate(records):
+            if isinstance(record, InterceptionEnded):
+                self._open.pop(record.interception_id, None)
+            elif isinstance(record, Interception) and index not in rejected and instance == self._spool.instance:
+                self._open[record.id] = record
 
     def _connected(self) -> sqlite3.Connection:
         return self._connect() if self._database is None else self._database
@@ -239,6 +240,7 @@ class SqliteStore:
         self._database = connect(self._path, _BUSY_SECONDS)
         self._database.execute("PRAGMA journal_mode = WAL")
         self._database.execute("PRAGMA synchronous = NORMAL")
+        self._database.execute("PRAGMA busy_timeout = 0")  # from here on `_begin` has the patience
         return self._database
 
     def _disconnect(self) -> None:
@@ -247,21 +249,61 @@ class SqliteStore:
             database.close()
 
 
+@contextmanager
+def _transaction(database: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    """All of it or nothing. Raises sqlite3.Error, also where other processes leave no gap for so long."""
+    _begin(database)
+    try:
+        yield database
+        database.execute("COMMIT")
+    except BaseException:
+        if database.in_transaction:
+            database.execute("ROLLBACK")
+        raise
+
+
+def _begin(database: sqlite3.Connection) -> None:
+    """Take the lock for writing, which is all that a writer waits for in WAL mode.
+
+    SQLite's own busy handler waits longer each time, up to 100 ms (sqliteDefaultBusyCallback in its main.c): between writers
+    that never pause, whoever came late starves. A commit takes less than a millisecond, so all look again that often.
+    """
+    give_up_at = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            database.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= give_up_at:
+                raise
+        else:
+            return
+        time.sleep(random.uniform(0, 2 * _PAUSE_SECONDS))  # noqa: S311  so that they do not look all at once
+
+
+_encode: Final = msgspec.json.Encoder().encode
+_TIME_LENGTH: Final = len('"2026-11-21T12:00:00.123456Z"')
+
+# Where among the fields of a record its time is.
+_TIMES: Final = {
+    kind: next(index for index, name in enumerate(kind.__struct_fields__) if name.endswith("_at"))
+    for kind in (*_TABLES, InterceptionEnded)
+}
+
+
+def _row(record: Record) -> list[Any]:
+    """What is bound for a record's fields, in their order. Metadata come last; only an end has none."""
+    kind = type(record)
+    values = list(astuple(record))
+    at = _TIMES[kind]
+    values[at] = _time(values[at])
+    if kind is not InterceptionEnded:
+        values[-1] = _encode(values[-1]).decode()
+    return values
+
+
 def _time(value: datetime) -> str:
-    return value.astimezone(UTC).isoformat(timespec="microseconds")
-
-
-def _json(value: Mapping[str, Any]) -> str:
-    return msgspec.json.encode(value).decode()
-
-
-# How a field's value is bound; most are bound as they are.
-_BINDINGS: Final[dict[str, Callable[[Any], Any]]] = {"started_at": _time, "created_at": _time, "metadata": _json}
-_BINDERS: Final = {kind: tuple((name, _BINDINGS.get(name)) for name in names) for kind, names in _COLUMNS.items()}
-
-
-def _row(record: Record, extra: tuple[str, ...]) -> tuple[Any, ...]:
-    values = (
-        getattr(record, name) if bind is None else bind(getattr(record, name)) for name, bind in _BINDERS[type(record)]
-    )
-    return (*values, *extra)
+    """In the form of `datetime.isoformat`, which takes fifteen times as long as msgspec."""
+    encoded = _encode(value)
+    if len(encoded) == _TIME_LENGTH and encoded.endswith(b'Z"'):
+        return encoded[1:-2].decode() + "+00:00"
+    return value.astimezone(UTC).isoformat(timespec="microseconds")  # no microseconds, or not in UTC

@@ -26,7 +26,7 @@ from functools import partial
 from typing import Final, Protocol
 
 from aibridge.errors import RecordingFailed
-from aibridge.recording.base import LossReport
+from aibridge.recording.base import LossReport, RecordsLost
 from aibridge.recording.spool import Batch, Spool
 from aibridge.records import Interception, Record
 
@@ -59,9 +59,10 @@ class Store(Protocol):
         `StoreUnavailable`.
         """
 
-    def close_interrupted(self, alive: Sequence[str]) -> int:
+    def close_interrupted(self, alive: Callable[[], Sequence[str]]) -> int:
         """Close the interceptions that no instance in `alive` has open, as ``interrupted``. Answers how many there were.
 
+        `alive` is asked when nobody else can write any more: an instance that is not there by then has nothing open.
         Raises `StoreUnavailable`.
         """
 
@@ -69,12 +70,7 @@ class Store(Protocol):
         """Disconnect."""
 
 
-class _Item:
-    __slots__ = ("future", "record")
-
-    def __init__(self, record: Record, future: asyncio.Future[None]) -> None:
-        self.record = record
-        self.future = future
+_Item = tuple[Sequence[Record], asyncio.Future[None]]
 
 
 class Writer:
@@ -85,6 +81,7 @@ class Writer:
         self._spool = spool
         self._max_queued = max_queued
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self._gathered: list[_Item] = []  # in this turn of the event loop
         self._held_back: deque[_Item] = deque()  # starts that wait for room; touched in the event loop only
         self._thread: threading.Thread | None = None
         self._stopping: threading.Thread | None = None
@@ -101,15 +98,24 @@ class Writer:
         """
         await asyncio.shield(self._ensure_started())
 
-    def submit(self, record: Record) -> asyncio.Future[None]:
-        """Queue a record. The future is done when it is durable; it raises `RecordingFailed` when the record is lost."""
-        _ = self._ensure_started()
-        item = _Item(record, _future())
-        if isinstance(record, Interception) and (self._held_back or self._queue.qsize() >= self._max_queued):
-            self._held_back.append(item)
+    def submit(self, *records: Record) -> asyncio.Future[None]:
+        """Queue records. The future is done when all are durable; it raises `RecordingFailed` when the only one is lost, and
+        `RecordsLost` when some are.
+
+        They are handed to the writer's thread at the end of this turn of the event loop, with all that others submit in it:
+        one wake-up for all of them.
+        """
+        if self._thread is None:
+            _ = self._ensure_started()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        if isinstance(records[0], Interception) and (self._held_back or self._waiting >= self._max_queued):
+            self._held_back.append((records, future))
         else:
-            self._queue.put(item)
-        return item.future
+            if not self._gathered:
+                loop.call_soon(self._hand_over)
+            self._gathered.append((records, future))
+        return future
 
     async def stop(self) -> None:
         """Write what is queued and end the thread."""
@@ -117,6 +123,7 @@ class Writer:
         if thread is not None:
             self._stopping = thread
             self._admit(len(self._held_back))
+            self._hand_over()
             self._queue.put(None)
             await asyncio.get_running_loop().run_in_executor(None, thread.join)
 
@@ -135,21 +142,36 @@ class Writer:
 
     def _ensure_started(self) -> asyncio.Future[None]:
         if self._thread is None or self._opened is None:
-            self._opened = _future()
+            self._opened = asyncio.get_running_loop().create_future()
             self._thread = threading.Thread(
                 target=self._run, args=(self._opened, self._stopping), name="aibridge-recorder", daemon=True
             )
             self._thread.start()
         return self._opened
 
+    @property
+    def _waiting(self) -> int:
+        return self._queue.qsize() + len(self._gathered)
+
+    def _hand_over(self) -> None:
+        for item in self._gathered:
+            self._queue.put(item)
+        self._gathered.clear()
+
     def _admit(self, count: int) -> None:
         for _ in range(min(count, len(self._held_back))):
             self._queue.put(self._held_back.popleft())
 
     def _complete(self, batch: Sequence[_Item], failed: Mapping[int, str]) -> None:
-        for index, item in enumerate(batch):
-            _settle(item.future, RecordingFailed(failed[index]) if index in failed else None)
-        self._admit(self._max_queued - self._queue.qsize())
+        place = 0
+        for records, future in batch:
+            lost = (
+                {index: failed[place + index] for index in range(len(records)) if place + index in failed} if failed else {}
+            )
+            _settle(future, _failure(records, lost) if lost else None)
+            place += len(records)
+        if self._held_back:
+            self._admit(self._max_queued - self._waiting)
 
     def _not_opened(self, opened: asyncio.Future[None], error: Exception) -> None:
         """Nothing that was queued can be kept; the next record tries again."""
@@ -157,11 +179,14 @@ class Writer:
             self._thread = None
         _settle(opened, error)
         self._admit(len(self._held_back))
+        self._hand_over()
         with suppress(queue.Empty):
             while True:
                 item = self._queue.get_nowait()
                 if item is not None:
-                    _settle(item.future, RecordingFailed(f"the database cannot be opened: {error}"))
+                    records, future = item
+                    reason = f"the database cannot be opened: {error}"
+                    _settle(future, _failure(records, dict.fromkeys(range(len(records)), reason)))
 
     # ---- the writer's thread ----
 
@@ -180,7 +205,7 @@ class Writer:
                 self._keep(batch)
             except Exception:  # a thread that died would leave everybody waiting
                 logger.exception("the recorder failed")
-                self._answer(batch, dict.fromkeys(range(len(batch)), "the recorder failed"))
+                self._answer(batch, dict.fromkeys(range(sum(len(records) for records, _ in batch)), "the recorder failed"))
         self._replay(force=True)
         self._close()
 
@@ -201,7 +226,7 @@ class Writer:
     def _recover(self) -> None:
         for batch in self._spool.left_behind():
             self._write_waiting(batch)
-        closed = self._store.close_interrupted(self._spool.alive())
+        closed = self._store.close_interrupted(self._spool.alive)
         if closed:
             logger.warning("closed %d interceptions that a dead process had left open", closed)
 
@@ -252,7 +277,7 @@ class Writer:
 
     def _keep(self, batch: Sequence[_Item]) -> None:
         """Make a batch durable, in the database or in the spool, or fail it."""
-        records = [item.record for item in batch]
+        records = [record for together, _ in batch for record in together]
         while True:
             self._replay()
             try:
@@ -266,7 +291,7 @@ class Writer:
             except OSError as error:
                 if self._is_hopeless():
                     reason = f"neither database nor spool take records: {error.strerror}"
-                    self._answer(batch, dict.fromkeys(range(len(batch)), reason))
+                    self._answer(batch, dict.fromkeys(range(len(records)), reason))
                     return
                 time.sleep(_PAUSE_SECONDS)  # in the writer's own thread: for a disk to get room, a lock to end
                 self._retry_store_at = 0.0
@@ -332,14 +357,11 @@ class Writer:
 
     def _answer(self, batch: Sequence[_Item], failed: Mapping[int, str]) -> None:
         """Complete the futures, with one wake-up of the event loop for all of them."""
-        _in_loop(batch[-1].future, partial(self._complete, batch, failed))
+        _in_loop(batch[-1][1], partial(self._complete, batch, failed))
 
 
-def _future() -> asyncio.Future[None]:
-    """A future that may fail without anybody waiting for it any more, which is not worth a warning."""
-    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    future.add_done_callback(lambda done: done.cancelled() or done.exception())
-    return future
+def _failure(records: Sequence[Record], lost: Mapping[int, str]) -> RecordingFailed:
+    return RecordingFailed(lost[0]) if len(records) == 1 else RecordsLost(lost)
 
 
 def _in_loop(future: asyncio.Future[None], call: Callable[[], object]) -> None:
@@ -350,9 +372,14 @@ def _in_loop(future: asyncio.Future[None], call: Callable[[], object]) -> None:
 
 
 def _settle(future: asyncio.Future[None], error: Exception | None) -> None:
-    if future.done() or future.get_loop().is_closed():  # its waiter has gone
+    """Complete a future, unless its waiter has gone, or its event loop."""
+    if future.done():
         return
-    if error is None:
-        future.set_result(None)
-    else:
-        future.set_exception(error)
+    try:
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
+            future.exception()  # asyncio warns of failures that nobody looks at, but perhaps nobody waits for it any more
+    except RuntimeError:
+        logger.debug("an answer came after the event loop had been closed")
