@@ -32,8 +32,9 @@ _KEEP_IDLE_SECONDS: Final = 15.0
 # Reading stops when this much of a body waits to be read, so that a slow client slows the provider down.
 _MAX_BUFFERED: Final = 128 * 1024
 _MAX_HEAD_BYTES: Final = 128 * 1024
-# What the kernel takes at once is sent at once. A larger body goes in slices, each of which waits for the one before it.
-_AT_ONCE: Final = 64 * 1024
+# A body as clients send it with each turn of a long conversation is written at once. A larger one goes in slices, each of
+# which waits for the one before it.
+_AT_ONCE: Final = 1024 * 1024
 _SLICE: Final = 256 * 1024
 
 
@@ -177,7 +178,7 @@ class Connection(asyncio.Protocol):
         awaited = self._head
         try:
             if isinstance(body, bytes) and len(body) <= _AT_ONCE:
-                self._transport.write(head + body)
+                self._transport.writelines((head, body))
                 self._expect_news()
             else:
                 self._transport.write(head)

@@ -32,7 +32,7 @@ from aibridge.errors import BadRequest, BridgeError, HeadersTooLarge, RequestTim
 
 logger = logging.getLogger(__name__)
 
-_MAX_BUFFERED: Final = 64 * 1024
+_MAX_BUFFERED: Final = 256 * 1024
 _LAST_WORDS_SECONDS: Final = 2.0
 _FRAMING: Final = (b"content-length", b"transfer-encoding")
 _BODILESS: Final = (204, 304)

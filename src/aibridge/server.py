@@ -222,8 +222,8 @@ def _url(listener: socket.socket) -> str:
 
 
 def _collect_garbage_seldom() -> None:
-    """What was loaded stays, and a request leaves few cycles: looking for them every 700 objects, which is the default, takes a
-    tenth of all the time (docs/performance.md).
+    """What was loaded stays, and a request leaves few cycles behind. To look for them every 700 objects, as Python does by
+    default, takes a tenth of all the time (docs/performance.md).
     """
     gc.collect()
     gc.freeze()

@@ -99,16 +99,17 @@ class _Message(msgspec.Struct, gc=False):
 class _Request(msgspec.Struct):
     model: str | None = None
     stream: bool | None = None
-    messages: list[_Message] = []
+    messages: list[Raw] = []  # of which only the last are looked into
     stream_options: Raw = Raw()
 
 
+_MESSAGE: Final = Shape(_Message)
 _REQUEST: Final = Shape(_Request)
 
 
-def _last_turn(messages: Sequence[_Message]) -> tuple[str | None, str | None]:
+def _last_turn(messages: Sequence[Raw]) -> tuple[str | None, str | None]:
     """The prompt, or the id of the tool result that this request continues with (wire.md D2, D3)."""
-    for message in reversed(messages):
+    for message in map(_MESSAGE.read, reversed(messages)):
         match message.role:
             case "user":
                 return joined_text(message.content, "text"), None

@@ -81,7 +81,7 @@ class _Metadata(msgspec.Struct, gc=False):
 class _Request(msgspec.Struct):
     model: str | None = None
     stream: bool | None = None
-    messages: list[_Message] = []
+    messages: list[Raw] = []  # of which only the last are looked into
     metadata: _Metadata | None = None
 
 
@@ -92,16 +92,17 @@ class _Content(msgspec.Struct, gc=False):
 
 
 _REQUEST: Final = Shape(_Request)
+_MESSAGE: Final = Shape(_Message)
 _CONTENT: Final = Shape(_Content)
 
 
-def _last_user_turn(messages: Sequence[_Message]) -> tuple[str | None, str | None]:
+def _last_user_turn(messages: Sequence[Raw]) -> tuple[str | None, str | None]:
     """The newest user message's prompt, and the id of its last tool result.
 
     Claude Code puts a ``system`` message after the user's (clients.md 3). A message of tool results alone continues the
     turn and is no prompt (wire.md D2).
     """
-    for message in reversed(messages):
+    for message in map(_MESSAGE.read, reversed(messages)):
         if message.role != "user":
             continue
         if is_text(message.content):

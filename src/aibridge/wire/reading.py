@@ -166,8 +166,8 @@ class Shape(Generic[S]):
 
     A member of another type than the struct's counts as absent, an element of a list likewise as empty, so the tolerance
     is that of the other readers; but where everything is as expected, it is one pass over the text. A member may be a
-    string, a `Count`, a boolean, another such struct, a list of those, or a union of some with a list last, all with
-    ``| None`` where null may be met; or `Raw`, which is empty where it is absent.
+    string, a `Count`, a boolean, another such struct, a list of those or of `Raw`, or a union of some with a list last, all
+    with ``| None`` where null may be met; or `Raw`, which is empty where it is absent.
     """
 
     def __init__(self, struct: type[S]) -> None:
@@ -185,7 +185,10 @@ class Shape(Generic[S]):
 
     def read(self, raw: Raw) -> S:
         """What a member says, where it is a JSON object."""
-        return self._of(members(raw))
+        try:
+            return self._decode(raw)
+        except _NOT_THAT:
+            return self._of(members(raw))
 
     def each(self, raw: Raw) -> list[S]:
         """What the elements of an array say, or none at all for anything else."""
@@ -206,6 +209,8 @@ def _reader(wanted: Any) -> Callable[[Raw], Any]:
     if _NULL in get_args(wanted):  # a union
         readers = [_reader(one) for one in get_args(wanted) if one is not _NULL]
         return lambda raw: next((value for read in readers if (value := read(raw)) is not None), None)
+    if wanted == list[Raw]:
+        return items
     if get_origin(wanted) is list:
         return Shape(get_args(wanted)[0]).each
     return Shape(wanted).read

@@ -93,21 +93,22 @@ class _Item(msgspec.Struct, gc=False):
 class _Request(msgspec.Struct):
     model: str | None = None
     stream: bool | None = None
-    input: str | list[_Item] | None = None
+    input: str | list[Raw] | None = None  # of which only the last are looked into
     client_metadata: _ClientMetadata | None = None
 
 
+_ITEM: Final = Shape(_Item)
 _REQUEST: Final = Shape(_Request)
 
 
-def _last_turn(given: str | list[_Item] | None) -> tuple[str | None, str | None]:
+def _last_turn(given: str | list[Raw] | None) -> tuple[str | None, str | None]:
     """The prompt, or the id of the tool result that this request continues with (wire.md D2, D3).
 
     What the model said, and a request to compact, come after the prompt that they answer: no new prompt then.
     """
     if isinstance(given, str):
         return given, None
-    for item in reversed(given or ()):
+    for item in map(_ITEM.read, reversed(given or ())):
         kind = item.type or "message"
         if kind.endswith("_output"):
             return None, item.call_id or item.id
