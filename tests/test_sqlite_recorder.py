@@ -23,6 +23,7 @@ import pytest
 
 from aibridge.errors import RecordingFailed
 from aibridge.recording import SqliteRecorder, sqlite as sqlite_module, writer as writer_module
+from aibridge.recording.base import RecordsLost
 from aibridge.recording.schema import HEAD
 from aibridge.recording.spool import Spool
 from aibridge.recording.sqlite import SqliteStore
@@ -569,6 +570,17 @@ async def test_poison_loses_itself_only(path: Path, name: str) -> None:
     assert statuses(path) == {"i": "completed", "other": "completed"}
     children = ("token_usages", "user_prompts", "tool_usages", "model_thoughts")
     assert [len(rows(path, table)) for table in children] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("name", POISON)
+async def test_poison_loses_itself_only_of_what_is_recorded_together(path: Path, name: str) -> None:
+    async with SqliteRecorder(path) as recorder:
+        with pytest.raises(RecordsLost) as raised:
+            await recorder.record_together([*one_of_each(), POISON[name]])
+        assert list(raised.value.lost) == [6]
+        await recorder.record_together([start("other"), usage("v", interception_id="other"), ended("other")])
+    assert statuses(path) == {"i": "completed", "other": "completed"}
+    assert len(rows(path, "token_usages")) == 2
 
 
 @pytest.mark.parametrize("name", POISON)

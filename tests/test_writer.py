@@ -17,6 +17,7 @@ import pytest
 
 from aibridge.errors import RecordingFailed
 from aibridge.recording import writer as writer_module
+from aibridge.recording.base import RecordsLost
 from aibridge.recording.spool import Spool
 from aibridge.recording.writer import StoreUnavailable, Writer
 from aibridge.records import Record
@@ -120,6 +121,17 @@ async def test_one_commit_takes_a_thousand_at_most(store: MemoryStore, spool: Fu
     assert [len(commit) for commit in store.commits] == [1, 1000, 1000, 500]
 
 
+async def test_records_that_are_submitted_together_share_a_future_and_a_commit(store: MemoryStore, spool: FullSpool) -> None:
+    async with running(store, spool) as writer:
+        futures = [await stuck(store, writer)]
+        futures += [writer.submit(usage(f"{n} a"), usage(f"{n} b"), ended(str(n))) for n in range(400)]
+        store.gate.set()
+        assert await within_bounds(*futures) == [None] * 401
+    # As many as it takes to reach a thousand; what came together is not torn apart.
+    assert [len(commit) for commit in store.commits] == [1, 1002, 198]
+    assert store.records[1:4] == [usage("0 a"), usage("0 b"), ended("0")]
+
+
 async def test_a_cancelled_wait_does_not_lose_the_record(store: MemoryStore, spool: FullSpool) -> None:
     async with running(store, spool) as writer:
         first = await stuck(store, writer)
@@ -138,7 +150,7 @@ async def test_a_full_queue_holds_back_what_begins_and_not_what_is_under_way(sto
         futures = [await stuck(store, writer)]
         futures += [writer.submit(start(f"s{n}")) for n in range(15)]
         futures += [writer.submit(ended("stuck"))]
-        assert writer._waiting == 11  # ten starts, and the end of one under way
+        assert writer._queue.qsize() == 11  # ten starts, and the end of one under way
         store.gate.set()
         await within_bounds(*futures)
     begun = [start(f"s{n}") for n in range(15)]
@@ -151,8 +163,8 @@ async def test_the_queue_stays_bounded_while_it_drains(store: MemoryStore, spool
         futures = [await stuck(store, writer)]
         for n in range(200):
             futures.append(writer.submit(start(f"s{n}")))
-            futures[-1].add_done_callback(lambda _: sizes.append(writer._waiting))
-        sizes = [writer._waiting]
+            futures[-1].add_done_callback(lambda _: sizes.append(writer._queue.qsize()))
+        sizes = [writer._queue.qsize()]
         store.gate.set()
         await within_bounds(*futures)
         longest = max(sizes)
@@ -328,6 +340,32 @@ async def test_poison_loses_itself_only(store: MemoryStore, spool: FullSpool) ->
     assert [type(outcome) for outcome in outcomes if outcome is not None] == [RecordingFailed] * 2
     assert outcomes[2] is not None and outcomes[4] is not None
     assert store.records == [start("stuck"), usage("a"), usage("b"), usage("c")]
+
+
+async def test_who_submitted_poison_among_others_is_told_which(store: MemoryStore, spool: FullSpool) -> None:
+    async with running(store, spool) as writer:
+        futures = [await stuck(store, writer)]
+        futures.append(writer.submit(usage("a"), usage("b")))
+        futures.append(writer.submit(usage("poison 1"), usage("c"), usage("poison 2")))
+        futures.append(writer.submit(usage("poison 3")))
+        store.gate.set()
+        *kept, several, single = await within_bounds(*futures)
+    assert kept == [None, None]
+    assert isinstance(several, RecordsLost) and sorted(several.lost) == [0, 2]
+    assert "Poison" in several.lost[0] and "Poison" in str(single)
+    assert type(single) is RecordingFailed
+    assert store.records == [start("stuck"), usage("a"), usage("b"), usage("c")]
+
+
+async def test_with_neither_store_nor_spool_all_that_came_together_is_lost(
+    store: MemoryStore, spool: FullSpool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "_GIVE_UP_SECONDS", 0.0)
+    async with running(store, spool) as writer:
+        store.unavailable = spool.full = True
+        (outcome,) = await within_bounds(writer.submit(usage("a"), usage("b")))
+        assert isinstance(outcome, RecordsLost) and sorted(outcome.lost) == [0, 1]
+        store.unavailable = False
 
 
 async def test_poison_for_the_spool_loses_itself_only(store: MemoryStore, spool: FullSpool) -> None:

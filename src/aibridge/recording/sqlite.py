@@ -117,7 +117,7 @@ class SqliteRecorder:
         return self._writer.submit(record)
 
     def record_together(self, records: Sequence[Record]) -> Awaitable[None]:
-        """What became known of an interception at one time."""
+        """Records that became known at the same time, of one interception."""
         return self._writer.submit(*records)
 
     def report_losses(self, to: LossReport) -> None:

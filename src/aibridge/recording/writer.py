@@ -1,6 +1,7 @@
 r"""One bounded queue, one writer thread, one transaction for all that has gathered.
 
-Every record gets a future that is done when the record is durable. Records keep their order. Theory of operation:
+Records that are submitted together get a future that is done when they are durable. Records keep their order. Theory of
+operation:
 
     submit -> queue -> batch -> store.write(batch)        the ordinary case: one commit for the batch
                              \-> spool.append(batch)      the store cannot take it: durable on disk all the same
@@ -71,6 +72,7 @@ class Store(Protocol):
 
 
 _Item = tuple[Sequence[Record], asyncio.Future[None]]
+"""What was submitted together, and who waits for it."""
 
 
 class Writer:
@@ -81,7 +83,6 @@ class Writer:
         self._spool = spool
         self._max_queued = max_queued
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
-        self._gathered: list[_Item] = []  # in this turn of the event loop
         self._held_back: deque[_Item] = deque()  # starts that wait for room; touched in the event loop only
         self._thread: threading.Thread | None = None
         self._stopping: threading.Thread | None = None
@@ -99,22 +100,18 @@ class Writer:
         await asyncio.shield(self._ensure_started())
 
     def submit(self, *records: Record) -> asyncio.Future[None]:
-        """Queue records. The future is done when all are durable; it raises `RecordingFailed` when the only one is lost, and
-        `RecordsLost` when some are.
+        """Queue records, of which only the first may be the start of an interception.
 
-        They are handed to the writer's thread at the end of this turn of the event loop, with all that others submit in it:
-        one wake-up for all of them.
+        The future is done when all of them are durable. It raises `RecordingFailed` when the record is lost, `RecordsLost`
+        when some of several are.
         """
         if self._thread is None:
             _ = self._ensure_started()
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
-        if isinstance(records[0], Interception) and (self._held_back or self._waiting >= self._max_queued):
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if isinstance(records[0], Interception) and (self._held_back or self._queue.qsize() >= self._max_queued):
             self._held_back.append((records, future))
         else:
-            if not self._gathered:
-                loop.call_soon(self._hand_over)
-            self._gathered.append((records, future))
+            self._queue.put((records, future))
         return future
 
     async def stop(self) -> None:
@@ -123,7 +120,6 @@ class Writer:
         if thread is not None:
             self._stopping = thread
             self._admit(len(self._held_back))
-            self._hand_over()
             self._queue.put(None)
             await asyncio.get_running_loop().run_in_executor(None, thread.join)
 
@@ -149,29 +145,17 @@ class Writer:
             self._thread.start()
         return self._opened
 
-    @property
-    def _waiting(self) -> int:
-        return self._queue.qsize() + len(self._gathered)
-
-    def _hand_over(self) -> None:
-        for item in self._gathered:
-            self._queue.put(item)
-        self._gathered.clear()
-
     def _admit(self, count: int) -> None:
         for _ in range(min(count, len(self._held_back))):
             self._queue.put(self._held_back.popleft())
 
     def _complete(self, batch: Sequence[_Item], failed: Mapping[int, str]) -> None:
-        place = 0
+        begin = 0
         for records, future in batch:
-            lost = (
-                {index: failed[place + index] for index in range(len(records)) if place + index in failed} if failed else {}
-            )
-            _settle(future, _failure(records, lost) if lost else None)
-            place += len(records)
+            _settle(future, _error(records, begin, failed) if failed else None)
+            begin += len(records)
         if self._held_back:
-            self._admit(self._max_queued - self._waiting)
+            self._admit(self._max_queued - self._queue.qsize())
 
     def _not_opened(self, opened: asyncio.Future[None], error: Exception) -> None:
         """Nothing that was queued can be kept; the next record tries again."""
@@ -179,14 +163,11 @@ class Writer:
             self._thread = None
         _settle(opened, error)
         self._admit(len(self._held_back))
-        self._hand_over()
         with suppress(queue.Empty):
             while True:
                 item = self._queue.get_nowait()
                 if item is not None:
-                    records, future = item
-                    reason = f"the database cannot be opened: {error}"
-                    _settle(future, _failure(records, dict.fromkeys(range(len(records)), reason)))
+                    _settle(item[1], RecordingFailed(f"the database cannot be opened: {error}"))
 
     # ---- the writer's thread ----
 
@@ -205,7 +186,7 @@ class Writer:
                 self._keep(batch)
             except Exception:  # a thread that died would leave everybody waiting
                 logger.exception("the recorder failed")
-                self._answer(batch, dict.fromkeys(range(sum(len(records) for records, _ in batch)), "the recorder failed"))
+                self._fail(batch, "the recorder failed")
         self._replay(force=True)
         self._close()
 
@@ -243,7 +224,8 @@ class Writer:
         if first is None:
             return None
         batch = [first]
-        while len(batch) < _MAX_BATCH:
+        room = _MAX_BATCH - len(first[0])
+        while room > 0:
             try:
                 item = self._queue.get_nowait()
             except queue.Empty:
@@ -252,6 +234,7 @@ class Writer:
                 self._queue.put(None)  # the end comes after this batch
                 break
             batch.append(item)
+            room -= len(item[0])
         return batch
 
     def _wait_for_one(self) -> _Item | None:
@@ -290,8 +273,7 @@ class Writer:
                 self._unavailable(error)
             except OSError as error:
                 if self._is_hopeless():
-                    reason = f"neither database nor spool take records: {error.strerror}"
-                    self._answer(batch, dict.fromkeys(range(len(records)), reason))
+                    self._fail(batch, f"neither database nor spool take records: {error.strerror}")
                     return
                 time.sleep(_PAUSE_SECONDS)  # in the writer's own thread: for a disk to get room, a lock to end
                 self._retry_store_at = 0.0
@@ -355,13 +337,12 @@ class Writer:
             logger.warning("the database cannot take records, they go to the spool: %s", error)
         self._retry_store_at = time.monotonic() + _RETRY_STORE_SECONDS
 
+    def _fail(self, batch: Sequence[_Item], reason: str) -> None:
+        self._answer(batch, dict.fromkeys(range(sum(len(records) for records, _ in batch)), reason))
+
     def _answer(self, batch: Sequence[_Item], failed: Mapping[int, str]) -> None:
         """Complete the futures, with one wake-up of the event loop for all of them."""
         _in_loop(batch[-1][1], partial(self._complete, batch, failed))
-
-
-def _failure(records: Sequence[Record], lost: Mapping[int, str]) -> RecordingFailed:
-    return RecordingFailed(lost[0]) if len(records) == 1 else RecordsLost(lost)
 
 
 def _in_loop(future: asyncio.Future[None], call: Callable[[], object]) -> None:
@@ -369,6 +350,14 @@ def _in_loop(future: asyncio.Future[None], call: Callable[[], object]) -> None:
         future.get_loop().call_soon_threadsafe(call)
     except RuntimeError:  # the loop is closed: nobody waits any more
         logger.debug("an answer came after the event loop had been closed")
+
+
+def _error(records: Sequence[Record], begin: int, failed: Mapping[int, str]) -> RecordingFailed | None:
+    """What to say of records that stand at `begin` in their batch."""
+    lost = {place: failed[begin + place] for place in range(len(records)) if begin + place in failed}
+    if not lost:
+        return None
+    return RecordingFailed(lost[0]) if len(records) == 1 else RecordsLost(lost)
 
 
 def _settle(future: asyncio.Future[None], error: Exception | None) -> None:
