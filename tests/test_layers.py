@@ -24,6 +24,7 @@ LAYERS = [
     ["aibridge.config"],
     ["aibridge.httpserver"],
     ["aibridge.httpprotocol"],
+    ["aibridge.httpexchange"],
     # the library
     ["aibridge"],
     ["aibridge.bridge"],

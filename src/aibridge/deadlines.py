@@ -37,7 +37,7 @@ class Deadlines:
     def _look(self) -> None:
         self._timer = None
         now = asyncio.get_running_loop().time()
-        for late in [member for member in self._members if member.deadline <= now]:
-            late.expire()
         if self._members:
             self.start()
+        for late in [member for member in self._members if member.deadline <= now]:
+            late.expire()

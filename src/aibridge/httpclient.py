@@ -71,6 +71,7 @@ class HttpUpstream:
         connection = self._take_idle(origin)
         if connection is None:
             connection = await self._connect(origin)
+            self._deadlines.start()
         return await connection.exchange(request, head)
 
     async def aclose(self) -> None:
@@ -109,7 +110,6 @@ class HttpUpstream:
     async def _connect(self, origin: _Origin) -> "Connection":
         loop = asyncio.get_running_loop()
         connection = Connection(self._idle_timeout, self._idle.setdefault(origin, deque()), self._connections)
-        self._deadlines.start()
         try:
             tls = self._tls_context(origin.ca_file) if origin.scheme == "https" else None
             async with asyncio.timeout(self._connect_timeout):

@@ -1,4 +1,4 @@
-"""One client's HTTP/1.1 connection, on httptools: turns its bytes into ASGI calls and their answers into bytes.
+"""One client's HTTP/1.1 connection, on httptools: turns its bytes into ASGI calls, each an `aibridge.httpexchange.Exchange`.
 
 It stands in front of clients that nobody vouches for, so memory and time are bounded whatever they send:
 
@@ -6,38 +6,41 @@ It stands in front of clients that nobody vouches for, so memory and time are bo
   application checks the exact size, but it is called only when a head is complete: here memory is bounded before.
 - Requests that come ahead of their turn wait in line, and nothing more is read while one does. A body is read as fast as the
   application takes it.
-- A head or a body that comes too slowly is refused with 408, a connection without a request is closed after a while.
-- What cannot be read is never answered in the middle of another response. A response that its application leaves unfinished
-  is broken off, so that nobody can take it for a whole one.
+- A head or a body that comes too slowly is refused with 408, a connection without a request is closed after a while. Only
+  the client's time counts: not while we do not read, and not while it waits to be asked for its body.
+- What cannot be read is refused in its turn, once, and is the last that is answered: where it ends cannot be told. What was
+  complete before it is answered as ever. A response that its application leaves unfinished is broken off, so that nobody can
+  take it for a whole one.
+- What two readers could read in two ways is refused: how requests are smuggled past one of them (RFC 9112 section 11.2).
+  Httptools does most of that. We add transfer codings other than chunked, any in HTTP/1.0, more than one Host, fragments.
 - Trailers are dropped: they are no header fields (RFC 9110 section 6.5.1).
 - A request for an upgrade is read like any other. Httptools takes a body behind it (as Java's HttpClient sends it, with
   ``Upgrade: h2c``) for another protocol, and the next request with it.
 """
 
 import asyncio
-import logging
 import math
+import socket
+import struct
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http import HTTPStatus
 from typing import Any, Final, cast
 from urllib.parse import unquote
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser, parse_url
 
-from aibridge.asgi import DIRECT, App, Message
+from aibridge.asgi import App
 from aibridge.deadlines import Deadlines
 from aibridge.errors import BadRequest, BridgeError, HeadersTooLarge, RequestTimeout, error_body
+from aibridge.httpexchange import STATUS_LINES, Exchange
 
-logger = logging.getLogger(__name__)
-
-_MAX_BUFFERED: Final = 256 * 1024
 _LAST_WORDS_SECONDS: Final = 2.0
+_MAX_WAITING: Final = 1000  # each takes a kilobyte, and can be sent in 26 bytes
 _FRAMING: Final = (b"content-length", b"transfer-encoding")
-_BODILESS: Final = (204, 304)
+_TELLING: Final = frozenset({b"host", b"expect", b"transfer-encoding"})
+_VERSIONS: Final = frozenset({"1.0", "1.1"})
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
-_STATUS_LINES: Final = {status.value: b"HTTP/1.1 %d %b\r\n" % (status, status.phrase.encode()) for status in HTTPStatus}
 _ASGI: Final = {"version": "3.0", "spec_version": "2.3"}
 
 
@@ -52,202 +55,19 @@ class Serving:
     """How long a head may take in all, and a body from one piece to the next."""
     connections: "set[HttpProtocol]" = field(default_factory=set)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    when_empty: Callable[[], None] = lambda: None
-    """Is called when the last connection has gone."""
+    when_over: Callable[[], None] = lambda: None
+    """Is called when the last connection has gone, and while the server is closing, when a call has ended."""
     closing: bool = False
     deadlines: Deadlines = field(init=False)
 
     def __post_init__(self) -> None:
         self.deadlines = Deadlines(self.connections, min(1.0, self.request_seconds / 4))
 
-
-class Exchange:
-    """One request and its response: the ``receive`` and ``send`` of an ASGI call, and `aibridge.asgi.Direct`."""
-
-    __slots__ = (
-        "_asked",
-        "_buffered",
-        "_chunked",
-        "_connection",
-        "_gone",
-        "_left",
-        "_news",
-        "_pieces",
-        "_told",
-        "bodiless",
-        "complete",
-        "disconnected",
-        "keep_alive",
-        "more_body",
-        "scope",
-        "started",
-    )
-
-    def __init__(self, connection: "HttpProtocol", scope: dict[str, Any], *, keep_alive: bool, expects: bool) -> None:
-        scope[DIRECT] = self
-        self.scope = scope
-        self.keep_alive = keep_alive
-        self.more_body = True
-        self.started = False
-        self.complete = False
-        self.disconnected = False
-        self._connection = connection
-        self._pieces: list[bytes] = []
-        self._buffered = 0
-        self._told = False  # the application has all of the body
-        self._asked = not expects  # the client need not be asked for its body
-        self._news: asyncio.Event | None = None
-        self._gone: Callable[[], None] | None = None
-        self._chunked = False
-        self._left: int | None = None
-        self.bodiless = scope["method"] == "HEAD"
-
-    @property
-    def waits_to_be_asked(self) -> bool:
-        """The client may still hold its body back."""
-        return not self._asked and self.more_body
-
-    async def run(self, app: App) -> None:
-        """Have the application answer."""
-        try:
-            await app(self.scope, self.receive, self.send)
-        except Exception:
-            logger.exception("a request failed")
-        finally:
-            if not self.complete:
-                self._connection.give_up(self)
-
-    async def receive(self) -> Message:
-        """The next piece of the body, or that the client has gone or has its response."""
-        while True:
-            if self.disconnected or self.complete:
-                return {"type": "http.disconnect"}
-            if self._pieces or not (self.more_body or self._told):
-                break
-            if not self._asked:
-                self._asked = True
-                self._connection.write(_CONTINUE)
-            self._news = self._news or asyncio.Event()
-            self._news.clear()
-            await self._news.wait()
-        body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-        self._pieces.clear()
-        if self._buffered > _MAX_BUFFERED:
-            self._connection.read_on()
-        self._buffered = 0
-        self._told = not self.more_body
-        return {"type": "http.request", "body": body, "more_body": self.more_body}
-
-    async def send(self, message: Message) -> None:
-        """Write a part of the response; waits while the client is slow to read. Nothing is written to one that has gone.
-
-        Raises ValueError for a response that could not be told from another one.
-        """
-        if self.disconnected:
-            return
-        if message["type"] == "http.response.start":
-            self._start(message["status"], message["headers"])
-        else:
-            self._write(message.get("body", b""), more=message.get("more_body", False))
-        await self.caught_up()
-
-    def write(self, data: bytes) -> bool:
-        """Write a piece of the body, and do not wait."""
-        if self.disconnected:
-            return False
-        self._write(data, more=True)
-        return self._connection.drained is not None
-
-    async def caught_up(self) -> None:
-        """Wait until the client has read what was written, or has gone."""
-        drained = self._connection.drained
-        if drained is not None:
-            await drained.wait()
-
-    def when_gone(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Have something called when the client has gone, unless what is answered is called before."""
-        self._gone = callback
-        if self.disconnected:
-            callback()
-        return self._forget
-
-    def put(self, piece: bytes) -> bool:
-        """A piece of the body has come. Answers whether no more should for now."""
-        if self.complete:  # nobody wants it any more
-            return False
-        self._asked = True
-        self._pieces.append(piece)
-        self._buffered += len(piece)
-        self._wake()
-        return self._buffered > _MAX_BUFFERED
-
-    def end(self) -> None:
-        """The body has ended."""
-        self.more_body = False
-        self._wake()
-
-    def disconnect(self) -> None:
-        """The client has gone."""
-        self.disconnected = True
-        self._wake()
-        if self._gone is not None:
-            self._gone()
-
-    def _forget(self) -> None:
-        self._gone = None
-
-    def _wake(self) -> None:
-        if self._news is not None:
-            self._news.set()
-
-    def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-        if self.started:
-            raise ValueError("a response has one start")
-        lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status]
-        self.bodiless = self.bodiless or status in _BODILESS
-        for name, value in headers:
-            if name == b"content-length":
-                self._left = int(value)
-            elif name == b"transfer-encoding":
-                continue
-            elif name == b"connection" and value.lower() == b"close":
-                self.keep_alive = False
-                continue
-            lines.append(b"%b: %b\r\n" % (name, value))
-        if self._left is None and not self.bodiless:
-            if self.scope["http_version"] == "1.0":
-                self.keep_alive = False  # the end of the connection is the end of the body
-            else:
-                self._chunked = True
-                lines.append(b"transfer-encoding: chunked\r\n")
-        if not self.keep_alive or self._connection.closing:
-            lines.append(b"connection: close\r\n")
-        head = b"".join(lines)
-        if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines):
-            raise ValueError("a header field of a response holds a line break")
-        self.started = True
-        self._connection.write(head + b"\r\n")
-
-    def _write(self, data: bytes, *, more: bool) -> None:
-        if not self.started or self.complete:
-            raise ValueError("a body stands between the start and the end of a response")
-        if self.bodiless:
-            data = b""
-        elif self._left is not None:
-            self._left -= len(data)
-            if self._left < 0 or (self._left and not more):
-                raise ValueError("the body is not as long as declared")
-        elif self._chunked:
-            if data:
-                data = b"%x\r\n%b\r\n" % (len(data), data)
-            if not more:
-                data += b"0\r\n\r\n"
-        if data:
-            self._connection.write(data)
-        if not more:
-            self.complete = True
-            self._wake()
-            self._connection.go_on(self)
+    def answered(self, task: asyncio.Task[None]) -> None:
+        """A call of the application is over."""
+        self.tasks.discard(task)
+        if self.closing:
+            self.when_over()
 
 
 class HttpProtocol(asyncio.Protocol):
@@ -262,10 +82,13 @@ class HttpProtocol(asyncio.Protocol):
         self._reading: Exchange | None = None  # whose body is being read
         self._reads_head = False
         self._resumes = False
-        self._hung_up = False
+        self._deaf = False  # what still comes is thrown away
+        self._refusal: BridgeError | None = None  # behind the responses that are owed
+        self._hung_up = False  # all was said
         self._unread = 0  # received since the parser last came a step further
         self._target = b""
         self._headers: list[tuple[bytes, bytes]] = []
+        self._hosts = 0
         self._expects = False
         self.drained: asyncio.Event | None = None
         """Set when the client has caught up with what was written; None where it has not fallen behind."""
@@ -293,7 +116,7 @@ class HttpProtocol(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  why does not matter
         """The client has gone, or we have hung up."""
-        self._hung_up = True
+        self._deaf = self._hung_up = True
         for exchange in (self._exchange, *self._waiting):
             if exchange is not None:
                 exchange.disconnect()
@@ -302,11 +125,11 @@ class HttpProtocol(asyncio.Protocol):
         self._serving.connections.discard(self)
         if not self._serving.connections:
             self._serving.deadlines.stop()
-            self._serving.when_empty()
+            self._serving.when_over()
 
     def eof_received(self) -> None:
         """The client has closed its side. Whether it still reads cannot be told, and the provider's work costs money."""
-        if self._exchange is not None:
+        if self._exchange is not None and not self._hung_up:
             self._transport.abort()
 
     def pause_writing(self) -> None:
@@ -321,26 +144,31 @@ class HttpProtocol(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes have come."""
-        if self._hung_up:
+        if self._deaf:
             return
         self._unread += len(data)
         try:
             self._feed(data)
-        except HttpParserError:
-            self._refuse(BadRequest("This is not HTTP."))
-        if self._unread > 2 * self._serving.max_head_bytes and not self._transport.is_closing():
+        except HttpParserError as error:
+            if not self._deaf:
+                cause = error.__context__
+                self._refuse(cause if isinstance(cause, BridgeError) else BadRequest("This is not HTTP."))
+        if self._unread > 2 * self._serving.max_head_bytes and not self._deaf:
             limit = self._serving.max_head_bytes
             self._refuse(HeadersTooLarge(f"The request headers are larger than {limit} bytes."))
 
-    # ---- the parser's callbacks ----
+    # ---- the parser's callbacks: what they raise ends the parser's work, and is the context of its error ----
 
     def on_message_begin(self) -> None:
         """A head begins."""
         self._unread = 0
+        if self._deaf:
+            raise BadRequest("A request follows the last one.")
         if not self._resumes:
             self._reads_head = True
             self._target = b""
             self._headers = []
+            self._hosts = 0
             self._expects = False
             self._wait_for(self._serving.request_seconds)
 
@@ -352,10 +180,10 @@ class HttpProtocol(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header field or a trailer."""
         if self._reads_head:
-            name = name.lower()
-            self._headers.append((name, value.rstrip(b" \t")))
-            if name == b"expect" and value.lower() == b"100-continue":
-                self._expects = True
+            name, value = name.lower(), value.rstrip(b" \t")
+            self._headers.append((name, value))
+            if name in _TELLING:
+                self._note(name, value.lower())
 
     def on_headers_complete(self) -> None:
         """The head is complete."""
@@ -364,6 +192,7 @@ class HttpProtocol(asyncio.Protocol):
             return
         self._reads_head = False
         version = self._parser.get_http_version()
+        self._check_head(version)
         path, query = _split_target(self._target)
         scope: dict[str, Any] = {
             "type": "http",
@@ -383,6 +212,7 @@ class HttpProtocol(asyncio.Protocol):
         self._reading = Exchange(self, scope, keep_alive=keep_alive, expects=self._expects)
         if self._exchange is None:
             self._answer(self._reading)
+            self._wait_for(math.inf if self._expects else self._serving.request_seconds)
         else:
             self._waiting.append(self._reading)
             self._transport.pause_reading()
@@ -395,13 +225,14 @@ class HttpProtocol(asyncio.Protocol):
             self._transport.pause_reading()
             self._wait_for(math.inf)
         else:
-            self._wait_for(self._serving.request_seconds)
+            self._wait_for(math.inf if self._waiting else self._serving.request_seconds)
 
     def on_message_complete(self) -> None:
         """The request is complete, unless httptools only thinks so because of an upgrade."""
         self._unread = 0
         if not self._parser.should_upgrade() and self._reading is not None:
             self._reading.end()
+            self._deaf = self._deaf or not self._reading.keep_alive  # nothing is read behind the last request
             self._reading = None
             self._wait_for(math.inf if self._exchange is not None else self._serving.keep_alive_seconds)
 
@@ -411,26 +242,36 @@ class HttpProtocol(asyncio.Protocol):
         """Write to the client."""
         self._transport.write(data)
 
+    def ask(self, exchange: Exchange) -> bool:
+        """The application waits for a body that its client may hold back. Answers whether the client was asked for it."""
+        self._wait_for(self._serving.request_seconds)
+        if exchange.started:  # what asks would be taken for a part of the response
+            return False
+        self._transport.write(_CONTINUE)
+        return True
+
     def read_on(self) -> None:
         """The application has taken what it was sent of the body."""
         if not (self._waiting or self._transport.is_closing()):
             self._transport.resume_reading()
             if self._reading is not None:
-                self._wait_for(self._serving.request_seconds)
+                self._wait_for(math.inf if self._reading.waits_to_be_asked else self._serving.request_seconds)
 
     def go_on(self, exchange: Exchange) -> None:
         """A response is complete: the next request, if the connection lasts."""
         if exchange.waits_to_be_asked or (exchange.more_body and not exchange.keep_alive):
             self._hang_up()  # what comes next could be the body or a request
         elif not exchange.keep_alive or self._serving.closing:
-            self._transport.close()
+            self._end()
         elif self._waiting:
             self._answer(self._waiting.popleft())
             self.read_on()
+        elif self._refusal is not None:
+            self._say(self._refusal)
         else:
             self._exchange = None
-            if self._reading is None:
-                self._wait_for(self._serving.keep_alive_seconds)
+            idle = self._reading is None and not self._reads_head
+            self._wait_for(self._serving.keep_alive_seconds if idle else self._serving.request_seconds)
             self.read_on()
 
     def give_up(self, exchange: Exchange) -> None:
@@ -438,12 +279,10 @@ class HttpProtocol(asyncio.Protocol):
         if exchange.disconnected:
             return
         if exchange.started:
-            self._hung_up = True
-            self._transport.abort()
+            self._break_off(exchange)
         else:
-            self._write_error(BridgeError("The gateway failed."))
             exchange.disconnected = True
-            self._hang_up()
+            self._say(BridgeError("The gateway failed."), bodiless=exchange.bodiless)
 
     # ---- called by the server ----
 
@@ -459,7 +298,12 @@ class HttpProtocol(asyncio.Protocol):
     def expire(self) -> None:
         """The deadline has passed."""
         self._wait_for(self._serving.request_seconds)
-        if self._reading is None and not self._reads_head:
+        if self._transport.is_closing():
+            return
+        if self._hung_up:
+            if not self._transport.get_write_buffer_size():
+                self._transport.abort()
+        elif self._reading is None and not self._reads_head:
             self._transport.close()
         elif self._reading is not None or self._exchange is None:  # else it is the next request that has only begun
             self._refuse(RequestTimeout("The request did not come in time."))
@@ -473,7 +317,7 @@ class HttpProtocol(asyncio.Protocol):
         self._exchange = exchange
         task = self._loop.create_task(exchange.run(self._serving.app))
         self._serving.tasks.add(task)
-        task.add_done_callback(self._serving.tasks.discard)
+        task.add_done_callback(self._serving.answered)
 
     def _feed(self, data: bytes) -> None:
         while data:
@@ -493,42 +337,93 @@ class HttpProtocol(asyncio.Protocol):
         self._parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n" % b"".join(framing))
         self._resumes = False
 
-    def _refuse(self, error: BridgeError) -> None:
-        """Answer what cannot be read, unless a response is under way."""
-        exchange = self._exchange
-        if exchange is not None and not exchange.complete:
-            if self._waiting or exchange.started:
-                self._hung_up = True
-                self._transport.abort()
-                return
-            exchange.disconnect()
-        self._write_error(error)
-        self._hang_up()
+    def _note(self, name: bytes, value: bytes) -> None:
+        """A field of the head that says how to read the rest."""
+        match name:
+            case b"host":
+                self._hosts += 1
+            case b"expect":
+                self._expects = value == b"100-continue"
+            case _ if value != b"chunked":
+                raise BadRequest("The transfer coding is not supported.")
 
-    def _write_error(self, error: BridgeError) -> None:
+    def _check_head(self, version: str) -> None:
+        """Raises BadRequest for what others may read in another way."""
+        if version not in _VERSIONS:
+            raise BadRequest("The HTTP version is not supported.")
+        if self._hosts != 1 and (self._hosts or version == "1.1"):  # RFC 9112 section 3.2
+            raise BadRequest("A request names one host.")
+        if version == "1.0":
+            self._expects = False  # RFC 9110 section 10.1.1
+            if any(name == b"transfer-encoding" for name, _ in self._headers):  # RFC 9112 section 6.1
+                raise BadRequest("HTTP/1.0 has no transfer codings.")
+        if len(self._waiting) >= _MAX_WAITING:
+            raise BadRequest("Too many requests wait for their turn.")
+
+    def _refuse(self, error: BridgeError) -> None:
+        """Answer what cannot be read, in its turn."""
+        self._deaf = True
+        broken, self._reading = self._reading, None
+        if self._waiting and self._waiting[-1] is broken:
+            self._waiting.pop()
+            broken = None
+        if broken is None:
+            if self._exchange is None:
+                self._say(error)
+            else:
+                self._refusal = error
+                self._wait_for(math.inf)
+        elif broken.complete:  # it has its answer
+            self._hang_up()
+        elif broken.started:
+            self._break_off(broken)
+        else:
+            broken.disconnect()
+            self._say(error, bodiless=broken.bodiless)
+
+    def _say(self, error: BridgeError, *, bodiless: bool = False) -> None:
+        """Answer with an error of our own, and hang up."""
         body = error_body("openai", error.status, error.message)
         self._transport.write(
             b"%bcontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
-            % (_STATUS_LINES[error.status], len(body), body)
+            % (STATUS_LINES[error.status], len(body), b"" if bodiless else body)
         )
+        self._hang_up()
+
+    def _end(self) -> None:
+        """Close the connection behind its last response."""
+        if self._waiting:  # what is still unread would make the system reset the connection (RFC 9112 section 9.6)
+            self._hang_up()
+        else:
+            self._transport.close()
 
     def _hang_up(self) -> None:
         """Say nothing more and read nothing more, but give the client a moment to read what was said."""
-        self._hung_up = True
+        self._deaf = self._hung_up = True
         if not self._transport.is_closing():
             self._transport.resume_reading()  # what is on its way is thrown away
             self._transport.write_eof()
-            self._loop.call_later(_LAST_WORDS_SECONDS, self._transport.abort)
+            self._wait_for(_LAST_WORDS_SECONDS)
+
+    def _break_off(self, exchange: Exchange) -> None:
+        """Drop the connection in the middle of a response."""
+        self._deaf = self._hung_up = True
+        if not exchange.framed:  # the end of the connection would be its end, unless it is a reset
+            sock = self._transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._transport.abort()
 
 
 def _split_target(target: bytes) -> tuple[bytes, bytes]:
-    """Path and query, percent-encoded as they are. Raises HttpParserError for what is no target of a request to a server."""
+    """Path and query, percent-encoded as they are. Raises BadRequest or HttpParserError for what names no resource."""
+    if b"#" in target:
+        raise BadRequest("A target has no fragment.")
     if not target.startswith(b"/"):
         if target == b"*":
             return target, b""
         found = parse_url(target)  # clients that take us for a proxy send all of the URL (RFC 9112 section 3.2.2)
         if not found.schema:
-            raise HttpParserError("a target without a path")
+            raise BadRequest("A target has a path.")
         return found.path or b"/", found.query or b""
     path, _, query = target.partition(b"?")
     return path, query

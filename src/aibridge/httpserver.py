@@ -34,9 +34,9 @@ class HttpServer:
         keep_alive_seconds: float = _KEEP_ALIVE_SECONDS,
         request_seconds: float = _REQUEST_SECONDS,
     ) -> None:
-        self._serving = Serving(app, max_head_bytes, keep_alive_seconds, request_seconds, when_empty=self._look_if_empty)
+        self._serving = Serving(app, max_head_bytes, keep_alive_seconds, request_seconds, when_over=self._look_if_over)
         self._listening: list[asyncio.Server] = []
-        self._over = asyncio.Event()  # no connection is left, or nobody is patient any more
+        self._over = asyncio.Event()  # nothing is under way, or nobody is patient any more
 
     async def start(self, listeners: Iterable[socket.socket]) -> None:
         """Listen on sockets that are bound."""
@@ -52,7 +52,7 @@ class HttpServer:
             listening.close()
         for connection in list(self._serving.connections):
             connection.shut()
-        self._look_if_empty()
+        self._look_if_over()
         try:
             async with asyncio.timeout(grace):
                 await self._over.wait()
@@ -70,8 +70,8 @@ class HttpServer:
         """Wait no longer for responses to end."""
         self._over.set()
 
-    def _look_if_empty(self) -> None:
-        if self._serving.closing and not self._serving.connections:
+    def _look_if_over(self) -> None:
+        if self._serving.closing and not self._serving.connections and not self._serving.tasks:
             self._over.set()
 
 
