@@ -196,6 +196,8 @@ class Exchange:
         self.bodiless = self.bodiless or status in _BODILESS
         for name, value in headers:
             if name == b"content-length":
+                if self._left is not None or not value.isdigit():
+                    raise ValueError("a response has one length")
                 self._left = int(value)
             elif name == b"transfer-encoding":
                 continue

@@ -89,6 +89,7 @@ class HttpProtocol(asyncio.Protocol):
         self._target = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._hosts = 0
+        self._chunked = False
         self._expects = False
         self.drained: asyncio.Event | None = None
         """Set when the client has caught up with what was written; None where it has not fallen behind."""
@@ -169,6 +170,7 @@ class HttpProtocol(asyncio.Protocol):
             self._target = b""
             self._headers = []
             self._hosts = 0
+            self._chunked = False
             self._expects = False
             self._wait_for(self._serving.request_seconds)
 
@@ -192,13 +194,14 @@ class HttpProtocol(asyncio.Protocol):
             return
         self._reads_head = False
         version = self._parser.get_http_version()
-        self._check_head(version)
+        method = self._parser.get_method().decode("ascii")
+        self._check_head(method, version)
         path, query = _split_target(self._target)
         scope: dict[str, Any] = {
             "type": "http",
             "asgi": _ASGI,
             "http_version": version,
-            "method": self._parser.get_method().decode("ascii"),
+            "method": method,
             "scheme": self._scheme,
             "path": unquote(path.decode("latin-1")),
             "raw_path": path,
@@ -344,18 +347,22 @@ class HttpProtocol(asyncio.Protocol):
                 self._hosts += 1
             case b"expect":
                 self._expects = value == b"100-continue"
-            case _ if value != b"chunked":
-                raise BadRequest("The transfer coding is not supported.")
+            case _:
+                if self._chunked or value != b"chunked":
+                    raise BadRequest("The transfer coding is not supported.")
+                self._chunked = True
 
-    def _check_head(self, version: str) -> None:
+    def _check_head(self, method: str, version: str) -> None:
         """Raises BadRequest for what others may read in another way."""
+        if method == "CONNECT":  # what follows its response is a tunnel (RFC 9110 section 9.3.6)
+            raise BadRequest("This is no proxy.")
         if version not in _VERSIONS:
             raise BadRequest("The HTTP version is not supported.")
         if self._hosts != 1 and (self._hosts or version == "1.1"):  # RFC 9112 section 3.2
             raise BadRequest("A request names one host.")
         if version == "1.0":
             self._expects = False  # RFC 9110 section 10.1.1
-            if any(name == b"transfer-encoding" for name, _ in self._headers):  # RFC 9112 section 6.1
+            if self._chunked:  # RFC 9112 section 6.1
                 raise BadRequest("HTTP/1.0 has no transfer codings.")
         if len(self._waiting) >= _MAX_WAITING:
             raise BadRequest("Too many requests wait for their turn.")
