@@ -279,7 +279,7 @@ class Connection(asyncio.Protocol):
             if length is None and self._transport is not None:
                 self._transport.write(b"0\r\n\r\n")
             await self._drain()
-            if self._head is not None and not self._head.done():
+            if self._head is not None:
                 self._expect_news()
         except BaseException as error:  # the body breaks off, whatever the reason: so does the request
             self._fail(translated(error, _UNSENT))
@@ -302,6 +302,8 @@ class Connection(asyncio.Protocol):
         self.deadline = math.inf
         if self._head is None and self._transport is not None:
             self._transport.close()
+        elif self._upload is not None and not self._upload.done():
+            pass  # the provider may wait for the rest of it, which has a time of its own
         elif self._response is None or self._response.is_awaited:
             what = _BROKEN_OFF if self._response is not None else UNREACHABLE
             self._fail(UpstreamTimeout(f"{what}: no answer in time."))

@@ -217,7 +217,7 @@ class _Exchange:
                 return chunk
             case Relay(data):
                 if data and self._listening:
-                    await self._wait(self._write(data))
+                    await self._relay(data)
                 return self._listening
             case Send(request):
                 return await self._send(request)
@@ -239,6 +239,14 @@ class _Exchange:
                 logger.warning("a response of provider %s was broken off", self._interceptor.provider.name)
                 self._aborted = True
                 return None
+
+    async def _relay(self, data: bytes) -> None:
+        """Write to the client. Where that need not wait, nothing that is to end the next wait keeps the bytes back."""
+        direct = self._client.direct
+        if direct is None or self._keep_alive is not None:
+            await self._wait(self._write(data))
+        elif direct.write(data):
+            await self._wait(direct.caught_up())
 
     @property
     def _tools(self) -> Injection:
