@@ -20,6 +20,7 @@ from aibridge.errors import Interrupted, UpstreamError, UpstreamTimeout
 from aibridge.httpclient import HttpUpstream
 from aibridge.httpconnection import Connection, Response
 from aibridge.upstream import MemoryResponse, MemoryUpstream, UpstreamRequest, UpstreamResponse
+from aibridge.wire.base import Headers
 from aibridge.wire.observer import ResponseHead
 from tests.support.provider import CUT, STALL, Framing, Gate, Reply, ScriptedProvider, Step, Wait
 
@@ -333,12 +334,14 @@ class Client:
         if self.falls_behind and not self.gone:
             await self.reads.wait()
 
+    def start(self, status: int, headers: Headers) -> None:
+        """What is begun is of no interest here."""
+
+    def finish(self) -> None:
+        self.complete = not self.gone
+
     async def send(self, message: MutableMapping[str, Any]) -> None:
-        if message["type"] == "http.response.body" and not self.gone:
-            self.write(message["body"])
-            self.complete = not message.get("more_body", False)
-            if not self.complete:
-                await self.caught_up()
+        raise AssertionError("there is a shorter way")
 
     def leave(self) -> None:
         self.gone = True

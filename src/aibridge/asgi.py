@@ -28,11 +28,17 @@ class Direct(Protocol):
     def when_gone(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Have something called when the client has gone, unless what is answered is called before."""
 
+    def start(self, status: int, headers: Headers) -> None:
+        """Begin the response."""
+
     def write(self, data: bytes) -> bool:
         """Write a piece of the response body, and do not wait. Answers whether the client has fallen behind."""
 
     async def caught_up(self) -> None:
         """Wait until the client has read what was written, or has gone."""
+
+    def finish(self) -> None:
+        """End the response."""
 
 
 class ClientConnection:
@@ -65,29 +71,47 @@ class ClientConnection:
 
     async def body(self, limit: int) -> bytes:
         """The whole request body. Raises `BodyTooLarge` or `ClientDisconnected`."""
-        pieces = [piece async for piece in self.pieces(limit)]
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        self._check_declared_length(limit)
+        body, more = await self._piece(limit, limit)
+        if not more:
+            return body
+        pieces = [body]
+        left = limit - len(body)
+        while more:
+            piece, more = await self._piece(left, limit)
+            pieces.append(piece)
+            left -= len(piece)
+        return b"".join(pieces)
 
     async def pieces(self, limit: int) -> AsyncIterator[bytes]:
         """The request body as it comes. Raises `BodyTooLarge` or `ClientDisconnected`."""
-        left = limit
+        self._check_declared_length(limit)
+        left, more = limit, True
+        while more:
+            piece, more = await self._piece(left, limit)
+            left -= len(piece)
+            if piece:
+                yield piece
+
+    def _check_declared_length(self, limit: int) -> None:
         declared = self.header(b"content-length")
         if declared.isdecimal() and (len(declared) > _MAX_DIGITS or int(declared) > limit):
-            self.upload_error = _too_large(limit)
+            raise self._over(limit)
+
+    async def _piece(self, left: int, limit: int) -> tuple[bytes, bool]:
+        """The next piece of the body, and whether there are more."""
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            self.upload_error = ClientDisconnected()
             raise self.upload_error
-        more = True
-        while more:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                self.upload_error = ClientDisconnected()
-                raise self.upload_error
-            more = message.get("more_body", False)
-            left -= len(message.get("body", b""))
-            if left < 0:
-                self.upload_error = _too_large(limit)
-                raise self.upload_error
-            if message.get("body"):
-                yield message["body"]
+        piece: bytes = message.get("body", b"")
+        if len(piece) > left:
+            raise self._over(limit)
+        return piece, message.get("more_body", False)
+
+    def _over(self, limit: int) -> BodyTooLarge:
+        self.upload_error = error = BodyTooLarge(f"The request body is larger than {limit} bytes.")
+        return error
 
     def when_gone(self, callback: Callable[[], None]) -> Callable[[], object]:
         """Have something called when the client has disconnected, unless what is answered is called before.
@@ -108,15 +132,24 @@ class ClientConnection:
         self.started = True
         if status in _BODILESS:  # a length there is that of another body (RFC 9110 section 8.6); servers wait for it
             headers = [field for field in headers if field[0] != b"content-length"]
-        await self._tell({"type": "http.response.start", "status": status, "headers": list(headers)})
+        if self.direct is not None:
+            self.direct.start(status, headers)
+        else:
+            await self._tell({"type": "http.response.start", "status": status, "headers": list(headers)})
 
     async def relay(self, data: bytes) -> None:
         """Write a piece of the response body; waits while the client is slow to read."""
-        await self._tell({"type": "http.response.body", "body": data, "more_body": True})
+        if self.direct is None:
+            await self._tell({"type": "http.response.body", "body": data, "more_body": True})
+        elif self.direct.write(data):
+            await self.direct.caught_up()
 
     async def finish(self) -> None:
         """End the response."""
-        await self._tell({"type": "http.response.body", "body": b"", "more_body": False})
+        if self.direct is None:
+            await self._tell({"type": "http.response.body", "body": b"", "more_body": False})
+        else:
+            self.direct.finish()
 
     async def refuse(self, kind: ProviderKind, error: BridgeError) -> None:
         """Answer with an error of our own, in the provider's shape."""
@@ -140,7 +173,3 @@ def path_of(scope: Scope) -> str:
     path = raw.partition(b"?")[0].decode("latin-1") if raw else quote(scope["path"])
     root = scope.get("root_path", "")
     return path[len(root) :] if root and path.startswith(root + "/") else path
-
-
-def _too_large(limit: int) -> BodyTooLarge:
-    return BodyTooLarge(f"The request body is larger than {limit} bytes.")

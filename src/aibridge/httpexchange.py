@@ -7,6 +7,7 @@ from http import HTTPStatus
 from typing import Any, Final, Protocol
 
 from aibridge.asgi import DIRECT, App, Message
+from aibridge.wire.base import Headers
 
 logger = logging.getLogger(__name__)
 
@@ -133,10 +134,48 @@ class Exchange:
         if self.disconnected:
             return
         if message["type"] == "http.response.start":
-            self._start(message["status"], message["headers"])
+            self.start(message["status"], message["headers"])
         else:
             self._write(message.get("body", b""), more=message.get("more_body", False))
         await self.caught_up()
+
+    def start(self, status: int, headers: Headers) -> None:
+        """Begin the response."""
+        if self.disconnected:
+            return
+        if self.started:
+            raise ValueError("a response has one start")
+        lines = [STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status]
+        self.bodiless = self.bodiless or status in _BODILESS
+        for name, value in headers:
+            if name == b"content-length":
+                if self._left is not None or not value.isdigit():
+                    raise ValueError("a response has one length")
+                self._left = int(value)
+            elif name == b"transfer-encoding":
+                continue
+            elif name == b"connection" and value.lower() == b"close":
+                self.keep_alive = False
+                continue
+            lines.append(b"%b: %b\r\n" % (name, value))
+        if self._left is None and not self.bodiless:
+            if self.scope["http_version"] == "1.0":
+                self.keep_alive = False  # the end of the connection is the end of the body
+            else:
+                self._chunked = True
+                lines.append(b"transfer-encoding: chunked\r\n")
+        if not self.keep_alive or self._connection.closing:
+            lines.append(b"connection: close\r\n")
+        head = b"".join(lines)
+        if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines):
+            raise ValueError("a header field of a response holds a line break")
+        self.started = True
+        self._connection.write(head + b"\r\n")
+
+    def finish(self) -> None:
+        """End the response."""
+        if not self.disconnected:
+            self._write(b"", more=False)
 
     def write(self, data: bytes) -> bool:
         """Write a piece of the body, and do not wait."""
@@ -188,36 +227,6 @@ class Exchange:
     def _wake(self) -> None:
         if self._news is not None:
             self._news.set()
-
-    def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-        if self.started:
-            raise ValueError("a response has one start")
-        lines = [STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status]
-        self.bodiless = self.bodiless or status in _BODILESS
-        for name, value in headers:
-            if name == b"content-length":
-                if self._left is not None or not value.isdigit():
-                    raise ValueError("a response has one length")
-                self._left = int(value)
-            elif name == b"transfer-encoding":
-                continue
-            elif name == b"connection" and value.lower() == b"close":
-                self.keep_alive = False
-                continue
-            lines.append(b"%b: %b\r\n" % (name, value))
-        if self._left is None and not self.bodiless:
-            if self.scope["http_version"] == "1.0":
-                self.keep_alive = False  # the end of the connection is the end of the body
-            else:
-                self._chunked = True
-                lines.append(b"transfer-encoding: chunked\r\n")
-        if not self.keep_alive or self._connection.closing:
-            lines.append(b"connection: close\r\n")
-        head = b"".join(lines)
-        if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines):
-            raise ValueError("a header field of a response holds a line break")
-        self.started = True
-        self._connection.write(head + b"\r\n")
 
     def _write(self, data: bytes, *, more: bool) -> None:
         if not self.started or self.complete:
