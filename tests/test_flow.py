@@ -238,7 +238,8 @@ async def test_time_is_kept_for_a_connection_that_took_long_to_make(
     async with opened(idle_timeout=SOON) as upstream:
         sending = asyncio.create_task(upstream.send(to(provider)))
         await asyncio.sleep(0)
-        upstream._deadlines._look()
+        while upstream._deadlines._timer is not None:
+            await asyncio.sleep(SOON / 8)
         looked.set()
         with pytest.raises(UpstreamTimeout):
             await (await sending).flow(Taker())

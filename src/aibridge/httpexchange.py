@@ -103,6 +103,7 @@ class Exchange:
         except Exception:
             logger.exception("a request failed")
         finally:
+            self.scope.pop(DIRECT, None)  # else each request would be a cycle, and garbage is seldom looked for
             if not self.complete:
                 self._connection.give_up(self)
 

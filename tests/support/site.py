@@ -6,10 +6,10 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from aibridge.asgi import Receive, Scope, Send
+from aibridge.asgi import DIRECT, Receive, Scope, Send
 from aibridge.httpprotocol import HttpProtocol
 from aibridge.httpserver import HttpServer, bound
-from tests.support.provider import WAIT_SECONDS
+from tests.support.provider import WAIT_SECONDS, Gate
 from tests.support.rawclient import RawClient
 
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -19,6 +19,11 @@ GET = b"GET / HTTP/1.1\r\n" + HOST
 POST = b"POST / HTTP/1.1\r\n" + HOST
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
 NEXT = b"GET /next HTTP/1.1\r\n" + HOST + b"\r\n"
+BRIEF = 0.05
+"""Seconds that the server is patient, where a test waits for it to lose patience."""
+LENGTH = b"Content-Length: 3\r\n\r\n"
+EXPECT = b"Expect: 100-continue\r\n"
+PADDING = b"x" * 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,59 @@ class Echo:
         await respond(send, scope["raw_path"] + b" " + body)
 
 
+class Stream:
+    """Answers at once with a piece, and when its gate opens with the end. Tells who has gone how often."""
+
+    def __init__(self, *, declared: int | None = None, reads: bool = True) -> None:
+        self.gate = Gate()
+        self.ended = Gate()
+        self.gone = Gate()
+        self.times_gone = 0
+        self.calls = 0
+        self._declared = declared
+        self._reads = reads
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.calls += 1
+        try:
+            if self._reads:
+                await whole_body(receive)
+            forget = scope[DIRECT].when_gone(self._has_gone)
+            fields = [] if self._declared is None else [(b"content-length", b"%d" % self._declared)]
+            await send({"type": "http.response.start", "status": 200, "headers": fields})
+            await send({"type": "http.response.body", "body": b"one", "more_body": True})
+            await self.gate.wait(WAIT_SECONDS)
+            await send({"type": "http.response.body", "body": b"two"})
+            forget()
+        finally:
+            self.ended.set()
+
+    def _has_gone(self) -> None:
+        self.times_gone += 1
+        self.gone.set()
+
+
+class Pouring:
+    """Writes as fast as its client reads, and counts."""
+
+    def __init__(self, pieces: int) -> None:
+        self.pieces = pieces
+        self.written = 0
+        self.ended = Gate()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            direct = scope[DIRECT]
+            for _ in range(self.pieces):
+                if direct.write(PADDING):
+                    await direct.caught_up()
+                self.written += 1
+            await send({"type": "http.response.body"})
+        finally:
+            self.ended.set()
+
+
 class Site:
     """A server that runs."""
 
@@ -109,3 +167,10 @@ async def serving(app: Asgi, *, max_head_bytes: int = 65_536, grace: float = 1, 
 def statuses(answered: bytes) -> Sequence[int]:
     """The statuses of responses in what a connection has answered."""
     return [int(part[:3]) for part in answered.split(b"HTTP/1.1 ")[1:]]
+
+
+async def no_response(client: RawClient) -> bool:
+    """The connection has ended without another response: closed or reset."""
+    with suppress(ConnectionError):
+        return await client.closed() == b""
+    return True
