@@ -92,7 +92,19 @@ class _Content(msgspec.Struct, gc=False):
 
 
 _REQUEST: Final = Shape(_Request)
+
+
+class _Body(msgspec.Struct):
+    id: str | None = None
+    model: str | None = None
+    stop_reason: str | None = None
+    usage: Raw = Raw()
+    content: list[Raw] = []
+    error: Raw = Raw()
+
+
 _MESSAGE: Final = Shape(_Message)
+_BODY: Final = Shape(_Body)
 _CONTENT: Final = Shape(_Content)
 
 
@@ -210,7 +222,8 @@ class MessagesReader(ResponseReader):
                 if block is not None:
                     block.complete = True
             case "message_start":
-                self._read_message(members(event.get("message")))
+                message = members(event.get("message"))
+                self._read_message(text(message.get("id")), text(message.get("model")), members(message.get("usage")))
             case "message_delta":
                 self._stop_reason = text(members(event.get("delta")).get("stop_reason")) or self._stop_reason
                 if "usage" in event:
@@ -228,13 +241,14 @@ class MessagesReader(ResponseReader):
 
     def read_body(self, body: bytes) -> None:
         """Take in a whole JSON body."""
-        message = parse_object(body)
-        self.error = error_text(message.get("error"))
-        self._read_message(message)
+        message = _BODY.parse(body)
+        self.error = error_text(message.error or None)
+        self._read_message(message.id, message.model, members(message.usage))
         self._usage_is_final = True
-        self._stop_reason = text(message.get("stop_reason"))
-        for index, raw in enumerate(items(message.get("content"))):
-            self._open_block(index, members(raw))
+        self._stop_reason = message.stop_reason
+        for index, raw in enumerate(message.content):
+            if _CONTENT.read(raw).type != "text":
+                self._open_block(index, members(raw))
         self._finish()
 
     def facts(self) -> ResponseFacts:
@@ -260,10 +274,10 @@ class MessagesReader(ResponseReader):
         """``event: error``, which both SDKs raise as a status error (wire.md A10)."""
         return b"event: error\ndata: " + error_body("anthropic", status, message) + b"\n\n"
 
-    def _read_message(self, message: Members) -> None:
-        self._id = text(message.get("id")) or self._id
-        self._model = text(message.get("model")) or self._model
-        self._read_usage(members(message.get("usage")))
+    def _read_message(self, identity: str | None, model: str | None, usage: Members) -> None:
+        self._id = identity or self._id
+        self._model = model or self._model
+        self._read_usage(usage)
 
     def _open_block(self, index: int, block: Members) -> None:
         kind = text(block.get("type")) or ""

@@ -22,18 +22,21 @@ _SUCCESS: Final = range(200, 300)
 _BODILESS: Final = (204, 304)
 
 
-class ResponseHead(msgspec.Struct, frozen=True):
-    """The head of an upstream response: HTTP status and header fields, names in lower case."""
+class ResponseHead(msgspec.Struct):
+    """The head of an upstream response: HTTP status and header fields, names in lower case. Never changed."""
 
     status: int
     headers: Headers
+    _first: dict[bytes, bytes] = {}
+
+    def __post_init__(self) -> None:
+        """Make ready for looking fields up."""
+        self._first = dict(reversed(self.headers))
 
     def header(self, name: bytes) -> str:
         """The first value of a header field, or an empty string."""
-        for key, value in self.headers:
-            if key == name:
-                return value.decode("latin-1")
-        return ""
+        value = self._first.get(name)
+        return "" if value is None else value.decode("latin-1")
 
     @property
     def ok(self) -> bool:
