@@ -4,7 +4,7 @@ import asyncio
 import logging
 import sys
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import click
 
@@ -31,22 +31,18 @@ def main() -> None:
     """A gateway between AI clients and AI providers that relays faithfully and keeps an honest ledger."""
 
 
-# Beside what we say ourselves they tell of each request to an MCP server, its session, and what it has answered wrong.
-_QUIET: Final = {"alembic": logging.WARNING, "httpx2": logging.WARNING, "mcp": logging.CRITICAL}
-
-
 @main.command()
 @_config
 @click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
 @click.option("--port", type=int, help="Port to listen on.  [default: 8080]")
-def serve(config: Path | None, host: str | None, port: int | None) -> None:
+@click.option("--workers", type=int, help="Processes that serve, such as one for each core.  [default: 1]")
+def serve(config: Path | None, host: str | None, port: int | None, workers: int | None) -> None:
     """Run the gateway."""
-    settings = _load(config, host=host, port=port)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for library, level in _QUIET.items():
-        logging.getLogger(library).setLevel(level)
-    from aibridge.server import serve as run  # noqa: PLC0415  the other commands do not need a server
+    settings = _load(config, host=host, port=port, workers=workers)
+    from aibridge import server, supervisor  # noqa: PLC0415  the other commands do not need a server
 
+    server.log_to_stderr()
+    run = server.serve if settings.server.workers == 1 else supervisor.serve
     run(settings)
 
 

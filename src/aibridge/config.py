@@ -106,7 +106,7 @@ class ServerSettings(_Section):
     allowed_hosts: Listed = Field(
         default=(), description="names under which a server on loopback may be addressed, beside localhost and its address"
     )
-    workers: int = Field(default=1, ge=1, le=1, description="processes that serve; there can be only one so far")
+    workers: int = Field(default=1, ge=1, description="processes that serve, such as one for each core")
     shutdown_grace: float = Field(
         default=20.0, ge=0, description="seconds that responses under way get to end after SIGTERM"
     )
@@ -450,13 +450,14 @@ def load(file: Path | None = None, **overrides: Mapping[str, Any]) -> Settings:
         model_config = SettingsConfigDict(**{**Settings.model_config, "toml_file": path})
 
     try:
-        return Loaded(**{name: section for name, section in overrides.items() if section})  # type: ignore[arg-type]
+        loaded = Loaded(**{name: section for name, section in overrides.items() if section})  # type: ignore[arg-type]
     except ValidationError as error:
         raise ConfigurationError("\n".join(map(_explain, error.errors()))) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigurationError(f"{path} is not TOML: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} cannot be read ({type(error).__name__})") from None
+    return Settings.model_construct(**dict(loaded))  # of a class that has a name, for workers to be given it
 
 
 def _explain(error: "ErrorDetails") -> str:

@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import socket
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Final
 
@@ -99,3 +100,35 @@ def bound(host: str, port: int) -> list[socket.socket]:
     if not sockets:
         raise failure or OSError(f"{host} has no address")
     return sockets
+
+
+def shared(listeners: Sequence[socket.socket], count: int) -> list[list[socket.socket]]:
+    """Sockets for `count` processes that serve together where `bound` has found that nobody else does. They listen already.
+
+    On Linux each process gets sockets of its own, and the kernel spreads the connections over them by a hash of the
+    addresses (SO_REUSEPORT in socket(7)). Elsewhere that option gives all connections to one socket, so the processes accept
+    from the same ones. The first sockets are bound without the option: with it, another server of the same user could be on
+    the port already, and nobody would know. Raises OSError.
+    """
+    if sys.platform != "linux":
+        groups = [list(listeners)] * count
+    else:
+        for listener in listeners:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        groups = [list(listeners), *([_beside(listener) for listener in listeners] for _ in range(count - 1))]
+    for group in groups:
+        for listener in group:
+            listener.listen(_BACKLOG)
+    return groups
+
+
+def _beside(listener: socket.socket) -> socket.socket:
+    """One more socket on the same address."""
+    socket_options = [(socket.SOL_SOCKET, socket.SO_REUSEADDR), (socket.SOL_SOCKET, socket.SO_REUSEPORT)]
+    if listener.family == socket.AF_INET6:
+        socket_options.append((socket.IPPROTO_IPV6, socket.IPV6_V6ONLY))
+    another = socket.socket(listener.family, listener.type, listener.proto)
+    for level, option in socket_options:
+        another.setsockopt(level, option, 1)
+    another.bind(listener.getsockname())
+    return another

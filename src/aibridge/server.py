@@ -7,7 +7,7 @@ import re
 import resource
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Final, Self
 
@@ -39,18 +39,34 @@ from aibridge.upstream import Upstream
 
 logger = logging.getLogger(__name__)
 
+CANNOT_START: Final = 3
+"""The exit status where it cannot."""
+
 _OPEN_FILES: Final = 65_536
-_CANNOT_START: Final = 3
 _GARBAGE_THRESHOLD: Final = 20_000
+# Beside what we say ourselves they tell of each request to an MCP server, its session, and what it has answered wrong.
+_QUIET: Final = {"alembic": logging.WARNING, "httpx2": logging.WARNING, "mcp": logging.CRITICAL}
 
 
 class Server:
-    """The ASGI application that ``aibridge serve`` runs."""
+    """The ASGI application that ``aibridge serve`` runs.
 
-    def __init__(self, settings: Settings, *, recorder: Recorder | None = None, upstream: Upstream | None = None) -> None:
+    `scraped` is what ``/metrics`` answers with where that is not about this process alone.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        recorder: Recorder | None = None,
+        upstream: Upstream | None = None,
+        scraped: CollectorRegistry | None = None,
+    ) -> None:
         self._registry = CollectorRegistry()
-        for collector in (ProcessCollector, PlatformCollector, GCCollector):
-            collector(registry=self._registry)
+        self._scraped = self._registry if scraped is None else scraped
+        if scraped is None:
+            for collector in (ProcessCollector, PlatformCollector, GCCollector):
+                collector(registry=self._registry)
         self._recorder = SqliteRecorder(settings.database.path) if recorder is None else recorder
         self._bridge = RequestBridge(
             settings.enabled_providers(),
@@ -82,7 +98,7 @@ class Server:
                 case "/readyz":
                     await self._answer_ready(client)
                 case "/metrics":
-                    await _answer(client, 200, CONTENT_TYPE_LATEST.encode(), generate_latest(self._registry))
+                    await _answer(client, 200, CONTENT_TYPE_LATEST.encode(), generate_latest(self._scraped))
                 case _:
                     await self._bridge.serve(client, await self._identified(client))
         except BridgeError as error:
@@ -151,64 +167,87 @@ async def _answer(client: ClientConnection, status: int, content_type: bytes, bo
     await client.finish()
 
 
+class CannotStart(Exception):
+    """What the gateway needs is not to be had. It is raised from what is in the way, or says it."""
+
+
+class Orders:
+    """What a process that serves is told: to stop, and then not to wait for responses under way any more."""
+
+    def __init__(self) -> None:
+        self.stop = asyncio.Event()
+        self.hurry = asyncio.Event()
+        self.signal: signal.Signals | None = None
+        """The signal that said to stop."""
+
+    def obey_signals(self) -> None:
+        """From now on, in the event loop that runs, SIGINT and SIGTERM mean: to stop, and the second one, to hurry."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self._obey, number)
+
+    def _obey(self, number: signal.Signals) -> None:
+        if self.signal is None:
+            self.signal = number
+            self.stop.set()
+        else:
+            self.hurry.set()
+
+
 def serve(settings: Settings) -> None:
     """Run the server until it is told to stop. SIGTERM lets responses end within the grace period.
 
     Raises SystemExit where it cannot start. Ends by the signal that it obeyed, for whoever sent it to see.
     """
-    _raise_open_file_limit()
+    raise_open_file_limit()
     disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each one, which nobody reads
+    listeners = bound_or_exit(settings)
     try:
-        listeners = bound(settings.server.host, settings.server.port)
-    except OSError as error:
-        where = f"{settings.server.host} port {settings.server.port}"
-        logger.error("cannot listen on %s: %s", where, (error.strerror or str(error)).lower())  # noqa: TRY400  it says it all
-        raise SystemExit(_CANNOT_START) from None
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        stop = runner.run(run(Server(settings), settings, listeners))
-    if stop is None:
-        raise SystemExit(_CANNOT_START)
-    signal.signal(stop, signal.SIG_DFL)
-    signal.raise_signal(stop)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            stop = runner.run(_serve(settings, listeners))
+    except CannotStart as error:
+        logger.error("the gateway cannot start", exc_info=error.__cause__)  # noqa: TRY400  ours adds nothing
+        raise SystemExit(CANNOT_START) from None
+    end_by(stop)
 
 
-async def run(server: Server, settings: Settings, listeners: Sequence[socket.socket]) -> signal.Signals | None:
-    """Serve until a signal tells to stop; a second one tells not to wait for responses under way. Answers with the first.
+async def _serve(settings: Settings, listeners: Sequence[socket.socket]) -> signal.Signals | None:
+    orders = Orders()
+    orders.obey_signals()
+    await run(Server(settings), settings, listeners, orders, lambda: logger.info("listening on %s", urls(listeners)))
+    return orders.signal
 
-    None where the server cannot start.
-    """
+
+async def run(
+    server: Server, settings: Settings, listeners: Sequence[socket.socket], orders: Orders, when_ready: Callable[[], object]
+) -> None:
+    """Serve until there is the order to stop. `when_ready` is called when clients are accepted. Raises `CannotStart`."""
     loop = asyncio.get_running_loop()
-    told: asyncio.Queue[signal.Signals] = asyncio.Queue()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, told.put_nowait, number)
-    first = loop.create_task(told.get())
+    stop = loop.create_task(orders.stop.wait())
     starting = loop.create_task(server.__aenter__())
-    await asyncio.wait({first, starting}, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait({stop, starting}, return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():  # MCP servers may take long
         starting.cancel()
         await asyncio.wait({starting})
         logger.info("told to stop before the start was complete")
-        return first.result()
+        return
     try:
         await starting
-    except Exception:
-        logger.exception("the gateway cannot start")
-        first.cancel()
-        return None
+    except Exception as error:
+        stop.cancel()
+        raise CannotStart from error
     http = http_server(server, settings)
     _collect_garbage_seldom()
     try:
         await http.start(listeners)
-        logger.info("listening on %s", ", ".join(map(_url, listeners)))
-        stop = await first
+        when_ready()
+        await stop
         logger.info("shutting down: waiting for responses under way")
-        second = loop.create_task(told.get())
-        second.add_done_callback(lambda _: http.hurry())
+        hurry = loop.create_task(orders.hurry.wait())
+        hurry.add_done_callback(lambda _: http.hurry())
         await http.stop(settings.server.shutdown_grace)
-        second.cancel()
+        hurry.cancel()
     finally:
         await server.__aexit__(None, None, None)
-    return stop
 
 
 def http_server(app: App, settings: Settings) -> HttpServer:
@@ -216,9 +255,38 @@ def http_server(app: App, settings: Settings) -> HttpServer:
     return HttpServer(app, max_head_bytes=settings.limits.max_header_bytes)
 
 
+def bound_or_exit(settings: Settings) -> list[socket.socket]:
+    """The sockets to listen on, as configured. Raises SystemExit, and says why, where there can be none."""
+    try:
+        return bound(settings.server.host, settings.server.port)
+    except OSError as error:
+        where = f"{settings.server.host} port {settings.server.port}"
+        logger.error("cannot listen on %s: %s", where, (error.strerror or str(error)).lower())  # noqa: TRY400  it says it all
+        raise SystemExit(CANNOT_START) from None
+
+
+def urls(listeners: Sequence[socket.socket]) -> str:
+    """Where clients reach what listens."""
+    return ", ".join(map(_url, listeners))
+
+
 def _url(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://{bracketed(host)}:{port}"
+
+
+def end_by(stop: signal.Signals | None) -> None:
+    """End this process by the signal that it obeyed."""
+    if stop is not None:
+        signal.signal(stop, signal.SIG_DFL)
+        signal.raise_signal(stop)
+
+
+def log_to_stderr(who: str = "") -> None:
+    """Set up the log of this process, which stands in each line as `who`."""
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(levelname)s %(name)s{who and f' [{who}]'}: %(message)s")
+    for library, level in _QUIET.items():
+        logging.getLogger(library).setLevel(level)
 
 
 def _collect_garbage_seldom() -> None:
@@ -230,7 +298,7 @@ def _collect_garbage_seldom() -> None:
     gc.set_threshold(_GARBAGE_THRESHOLD)
 
 
-def _raise_open_file_limit() -> None:
+def raise_open_file_limit() -> None:
     """Each stream takes two sockets; the usual soft limit of 1,024 files is there for programs that use select(2)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
