@@ -20,9 +20,11 @@ LAYERS = [
     ["aibridge.__main__"],
     ["aibridge.cli"],
     ["aibridge.check", "aibridge.demo", "aibridge.tooling"],
+    ["aibridge.supervisor"],
+    ["aibridge.worker"],
     ["aibridge.server"],
     ["aibridge.config"],
-    ["aibridge.httpserver"],
+    ["aibridge.httpserver", "aibridge.multiprocess"],
     ["aibridge.httpprotocol"],
     ["aibridge.httpexchange"],
     # the library

@@ -51,7 +51,7 @@ def serve(settings: Settings) -> None:
     raise_open_file_limit()
     listeners = bound_or_exit(settings)
     try:
-        with _directory() as metrics, asyncio.Runner() as runner:
+        with metrics_directory() as metrics, asyncio.Runner() as runner:
             stop = runner.run(_serve(settings, listeners, metrics))
     except CannotStart as error:
         logger.error("the gateway cannot start: %s", error)  # noqa: TRY400  the workers' tracebacks are theirs
@@ -195,7 +195,7 @@ def _signals_blocked() -> Iterator[None]:
 
 
 @contextmanager
-def _directory() -> Iterator[Path]:
+def metrics_directory() -> Iterator[Path]:
     """A private temporary directory. It is locked, so that nobody tidies it up (tmpfiles.d(5), on the aging of files).
 
     Raises `CannotStart`.
