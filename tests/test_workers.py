@@ -10,16 +10,18 @@ import re
 import signal
 import socket
 import stat
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
+from aibridge.httpserver import bound, shared
 from aibridge.multiprocess import registry_of_all
 from aibridge.server import CannotStart
 from aibridge.supervisor import BackOff, metrics_directory
@@ -201,6 +203,39 @@ def test_the_metrics_of_processes_that_have_gone(tmp_path: Path) -> None:
 def test_a_file_that_is_not_written_yet(tmp_path: Path) -> None:
     (tmp_path / "counter_1.db").touch()
     assert {family.name for family in registry_of_all(tmp_path, os.getpid()).collect()} >= {"python_info"}
+
+
+def test_sockets_of_their_own_share_the_connections() -> None:
+    if sys.platform != "linux":
+        pytest.skip("only Linux spreads connections over sockets")
+    groups = shared(bound("127.0.0.1", 0), 3)
+    address = groups[0][0].getsockname()
+    with ExitStack() as clients:
+        for (listener,) in groups:
+            assert clients.enter_context(listener).getsockname() == address
+            listener.setblocking(False)
+        for _ in range(TRIES):
+            clients.enter_context(socket.create_connection(address))
+        accepted = [sum(1 for _ in accepting(listener, clients)) for (listener,) in groups]
+        assert sum(accepted) == TRIES and all(accepted)
+        with pytest.raises(OSError, match="in use"):
+            bound(*address)
+
+
+def test_one_socket_for_all_where_that_is_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    (listener,) = bound("127.0.0.1", 0)
+    with listener:
+        assert shared([listener], 3) == [[listener]] * 3
+        with socket.create_connection(listener.getsockname()):
+            pass
+
+
+def accepting(listener: socket.socket, until: ExitStack) -> Iterator[socket.socket]:
+    """What waits to be accepted."""
+    with suppress(BlockingIOError):
+        while True:
+            yield until.enter_context(listener.accept()[0])
 
 
 # ---- a worker dies ----

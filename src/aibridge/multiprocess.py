@@ -66,15 +66,15 @@ class _Processes(Collector):
 
     def __init__(self, parent: int) -> None:
         self._parent = parent
-        self._asked = parent
-        self._of_one = ProcessCollector(registry=None, pid=lambda: self._asked)
 
     def collect(self) -> Iterable[Metric]:
+        asked = self._parent
+        process = ProcessCollector(registry=None, pid=lambda: asked)
         families: dict[str, Metric] = {}
         found: dict[str, list[float]] = {_CPU: [_ended_children_seconds(self._parent)]}
         for pid in (self._parent, *_children(self._parent)):
-            self._asked = pid
-            for family in self._of_one.collect():
+            asked = pid
+            for family in process.collect():
                 families.setdefault(family.name, family)
                 found.setdefault(family.name, []).append(family.samples[0].value)
         for name, family in families.items():

@@ -98,7 +98,9 @@ class Server:
                 case "/readyz":
                     await self._answer_ready(client)
                 case "/metrics":
-                    await _answer(client, 200, CONTENT_TYPE_LATEST.encode(), generate_latest(self._scraped))
+                    # In a thread: thousands of series take a tenth of a second, which streams must not wait for.
+                    text = await asyncio.to_thread(generate_latest, self._scraped)
+                    await _answer(client, 200, CONTENT_TYPE_LATEST.encode(), text)
                 case _:
                     await self._bridge.serve(client, await self._identified(client))
         except BridgeError as error:

@@ -51,17 +51,24 @@ def serve(settings: Settings) -> None:
     raise_open_file_limit()
     listeners = bound_or_exit(settings)
     try:
+        groups = _shared(listeners, settings.server.workers)
         with metrics_directory() as metrics, asyncio.Runner() as runner:
-            stop = runner.run(_serve(settings, listeners, metrics))
+            stop = runner.run(_serve(settings, groups, metrics))
     except CannotStart as error:
-        logger.error("the gateway cannot start: %s", error)  # noqa: TRY400  the workers' tracebacks are theirs
+        logger.error("the gateway cannot start: %s", error)  # noqa: TRY400  it says it all
         raise SystemExit(CANNOT_START) from None
     end_by(stop)
 
 
-async def _serve(settings: Settings, listeners: Sequence[socket.socket], metrics: Path) -> signal.Signals | None:
-    where = urls(listeners)
-    groups = shared(listeners, settings.server.workers)
+def _shared(listeners: Sequence[socket.socket], count: int) -> list[list[socket.socket]]:
+    try:
+        return shared(listeners, count)
+    except OSError as error:  # somebody else was faster to listen, or there are no more files to be had
+        raise CannotStart(f"cannot listen on {urls(listeners)}: {error}") from error
+
+
+async def _serve(settings: Settings, groups: Sequence[Sequence[socket.socket]], metrics: Path) -> signal.Signals | None:
+    where = urls(groups[0])
     orders = Orders()
     orders.obey_signals()
     places = [_Place(Job(number, settings, group, metrics), orders) for number, group in enumerate(groups, 1)]
