@@ -317,11 +317,13 @@ async def test_streams_may_end(provider: ThreadedProvider, number: signal.Signal
         metrics = [path for path in gateway.folder.glob("aibridge-*") if path.is_dir()]
         assert [stat.S_IMODE(path.stat().st_mode) for path in metrics] == [0o700]
         async with streams_of_all(gateway) as streams:
-            pids = [*(processes(gateway).values() if to == "all" else ()), gateway.process.pid]
-            for pid in pids:
+            others = list(processes(gateway).values()) if to == "all" else []
+            for pid in (*others, gateway.process.pid):
                 os.kill(pid, number)
             await until(lambda: refuses(gateway), "connections are still accepted")
             await until(lambda: gateway.output.count("shutting down") == WORKERS, "not all workers stop")
+            for pid in others:
+                os.kill(pid, number)
             gate.set()
             assert all([await stream.ends() for open_ in streams.values() for stream in open_])
         assert gateway.process.wait(STOP_SECONDS) == -number
