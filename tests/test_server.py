@@ -1,4 +1,4 @@
-"""The server as ``aibridge serve`` runs it: real uvicorn on a socket, configured by `uvicorn_config`.
+"""The server as ``aibridge serve`` runs it: on a socket, configured by `aibridge.server.http_server`.
 
 Truth: RFC 9110 and 9112 for HTTP; design.md section 3 for the server's own routes; that memory is bounded whatever a client
 sends is our promise.

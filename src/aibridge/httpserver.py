@@ -5,6 +5,7 @@ import logging
 import socket
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Final
 
@@ -54,12 +55,12 @@ class HttpServer:
         for connection in list(self._serving.connections):
             connection.shut()
         self._look_if_over()
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(grace):
                 await self._over.wait()
-        except TimeoutError:
-            logger.warning("%d responses have not ended within the grace period", len(self._serving.tasks))
         tasks = list(self._serving.tasks)
+        if tasks:
+            logger.warning("%d responses have not ended in time", len(tasks))
         for task in tasks:  # they record what is known, and tell their clients
             task.cancel()
         if tasks:
