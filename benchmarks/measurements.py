@@ -42,7 +42,7 @@ def chat_requests(subject: Subject, seconds: float) -> Values:
 
 
 def large_requests(subject: Subject, seconds: float) -> Values:
-    """8 clients with large bodies."""
+    """8 clients with large bodies: long conversations, whose last message is a prompt of a kilobyte or two."""
     return {"cpu_large_request": next(_requests(subject, seconds, LARGE, 8))}
 
 

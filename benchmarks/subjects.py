@@ -47,6 +47,8 @@ class Subject(ABC):
     health: ClassVar[str] = "/healthz"
     """A GET of this path tells whether it serves."""
     start_seconds: ClassVar[float] = 20
+    only: ClassVar[str | None] = None
+    """The only measurement in rounds that it takes part in."""
 
     def __init__(self, providers: list[int], folder: Path, *, workers: int = 1) -> None:
         self.providers, self.folder, self.workers = providers, folder, workers
@@ -227,6 +229,7 @@ class Nginx(Subject):
     """A bare reverse proxy: the yardstick. It keeps connections to the provider, and buffers nothing."""
 
     name = "nginx"
+    _buffering: ClassVar[str] = "client_body_buffer_size 1m;\nproxy_request_buffering off;\nproxy_buffering off;"
     second_path: ClassVar[str] = "/second/v1/messages"
 
     @classmethod
@@ -260,6 +263,7 @@ class Nginx(Subject):
             f"{kind}_temp_path {self.folder}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         )
         return f"""\
+{"user root;" if os.geteuid() == 0 else ""}
 worker_processes {self.workers};
 daemon off;
 pid {self.folder}/nginx.pid;
@@ -269,17 +273,23 @@ http {{
 access_log off;
 keepalive_requests 100000000;
 client_max_body_size 64m;
-client_body_buffer_size 1m;
 proxy_http_version 1.1;
 proxy_set_header Connection "";
-proxy_buffering off;
-proxy_request_buffering off;
+{self._buffering}
 {temporary}{upstreams}server {{
 listen 127.0.0.1:{self.port} backlog=8192 {"reuseport" if self.workers > 1 else ""};
 location = /healthz {{ return 200; }}
 {places}}}
 }}
 """
+
+
+class NginxBuffering(Nginx):
+    """The same as it comes: a request over 16 KB goes through a temporary file."""
+
+    name = "nginx-buffering"
+    only = "large requests"
+    _buffering = ""
 
 
 class Litellm(Subject):
@@ -381,4 +391,4 @@ class Direct(Subject):
         """There is nothing to start."""
 
 
-SUBJECTS: Final[tuple[type[Subject], ...]] = (Aibridge, Nginx, Litellm, Portkey)
+SUBJECTS: Final[tuple[type[Subject], ...]] = (Aibridge, Nginx, NginxBuffering, Litellm, Portkey)

@@ -89,12 +89,14 @@ class Suite:
             except CannotMeasure as error:
                 self._problem(kind.name, "start", error)
                 continue
-            if kind is not Direct:
+            if kind is not Direct and kind.only is None:
                 self._note(kind.name, "warm-up", partial(start_up, subject))
             yield subject
 
     def _take_turn(self, subject: Subject, timed: Timed, turn: int) -> None:
-        if (subject.peer and turn >= self._effort.peer_rounds) or (isinstance(subject, Direct) and not timed.direct):
+        if subject.only not in (None, timed.name) or (isinstance(subject, Direct) and not timed.direct):
+            return
+        if subject.peer and turn >= self._effort.peer_rounds:
             return
         self._note(
             subject.name, f"{timed.name}, round {turn + 1}", partial(timed.take, subject, timed.seconds * self._effort.scale)
@@ -102,6 +104,8 @@ class Suite:
 
     def _alone(self, upstream: Provider) -> None:
         for kind in self._kinds:
+            if kind.only is not None:
+                continue
             for _ in range(0 if kind.peer else self._effort.starts):
                 self._note(kind.name, "start", partial(start_again, kind, upstream))
             for count in self._effort.peer_streams if kind.peer else self._effort.streams:

@@ -212,7 +212,8 @@ def test_a_provider_that_keeps_the_connection_open_after_the_end(mishap: Excepti
     assert talk.is_over()
 
 
-def test_a_client_that_goes_when_it_has_its_answer() -> None:
+@pytest.mark.parametrize("mishap", [ClientDisconnected(), Interrupted()])
+def test_an_answer_that_does_not_get_its_end_does_not_look_complete(mishap: Exception) -> None:
     talk = Dialogue(messages())
     talk(Send, STREAM)
     talk(EVENTS)
@@ -220,7 +221,8 @@ def test_a_client_that_goes_when_it_has_its_answer() -> None:
     talk(Relay(b""))
     talk(Record)
     talk(End("completed", 200))
-    talk(Relay, ClientDisconnected())
+    talk(Relay, mishap)
+    talk(Abort())
     assert talk.is_over()
 
 

@@ -57,6 +57,7 @@ STATUSES = {
     "NotAuthenticated": 401,
     "Forbidden": 403,
     "UnknownRoute": 404,
+    "RequestTimeout": 408,
     "BodyTooLarge": 413,
     "UpgradeRefused": 426,
     "HeadersTooLarge": 431,

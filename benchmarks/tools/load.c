@@ -38,7 +38,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { STAMP = 23, READ_SIZE = 262144, MAX_HEAD = 16384, TICK_NS = 50000000, TICKS_PER_SECOND = 20, MAX_ERRORS = 2000 };
+enum { STAMP = 23, READ_SIZE = 262144, MAX_HEAD = 16384, TICK_NS = 50000000, TICKS_PER_SECOND = 20, MAX_ERRORS = 2000, MESSAGE = 1000 };
 #define SECOND 1000000000.0
 #define GRACE (30 * (uint64_t)1000000000) /* what is under way may take that long after the last second of -d */
 
@@ -414,13 +414,24 @@ static void run(void) {
 
 /* ---- what is sent, and what is printed ---- */
 
+static long pad(char *body, long from, long to) {
+  for (; from < to; from++) body[from] = from % 7 ? (char)('a' + from % 23) : ' ';
+  return from;
+}
+
 static void make_request(void) {
   char *body = calloc(1, (size_t)options.body + 4096);
   request = malloc((size_t)options.body + 16384);
   if (!body || !request) die("malloc");
   long length = sprintf(body, "{\"model\":\"%s\",\"max_tokens\":1024,%s\"messages\":[{\"role\":\"user\",\"content\":\"%s ",
     options.model, options.stream ? "\"stream\":true," : "", options.script);
-  for (; length < options.body - 4; length++) body[length] = length % 7 ? (char)('a' + length % 23) : ' ';
+  while (options.body - length > 3 * MESSAGE) { /* a long conversation, as agents send it again with each turn */
+    length = pad(body, length, length + MESSAGE);
+    length += sprintf(body + length, "\"},{\"role\":\"assistant\",\"content\":\"");
+    length = pad(body, length, length + MESSAGE);
+    length += sprintf(body + length, "\"},{\"role\":\"user\",\"content\":\"");
+  }
+  length = pad(body, length, options.body - 4);
   length += sprintf(body + length, "\"}]}");
   if (options.get) length = 0;
   request_length = (size_t)sprintf(request, "%s %s HTTP/1.1\r\nhost: 127.0.0.1:%d\r\ncontent-type: application/json\r\n"

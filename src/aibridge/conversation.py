@@ -62,7 +62,8 @@ _NOBODY_KNOWS: Final = ResponseFacts(usage=Usage(), completeness="partial")
 
 def converse(request: Request, loop: Loop | None = None) -> Conversation:
     """Carry one client request through; `loop` where tools were injected into it. See the module's docstring."""
-    merger, turns, end = yield from _turns(request, loop)
+    steps, request = _turns(request, loop), request.sent
+    merger, turns, end = yield from steps
     if loop is not None and turns:
         with suppress(ClientDisconnected, Interrupted):  # it is being kept, whoever waits
             yield Remember(request.format.turns.memory(loop.draft, loop.toolset, turns), loop.toolset)
@@ -81,11 +82,14 @@ def _turns(request: Request, loop: Loop | None) -> Generator[Command, Any, tuple
     """Ask the provider, and again as long as it calls tools of ours only. Answers with what there is to finish, the turns
     that are to be remembered, and how the interception ends.
     """
-    merger: Merger = VerbatimMerger(request) if loop is None else LoopMerger(request, loop)
+    merger: Merger = VerbatimMerger(request.sent) if loop is None else LoopMerger(request.sent, loop)
     turns: list[Answered] = []
     last = loop is None or loop.max_turns == 1
     while True:
-        merger, end = yield from _ask(request, merger)
+        steps = _ask(request, merger)
+        if loop is None:
+            request = request.sent
+        merger, end = yield from steps
         if loop is None or not isinstance(merger, LoopMerger) or end.status != "completed":
             break
         turn = merger.turn()
@@ -119,6 +123,7 @@ def _ask(request: Request, merger: Merger) -> Generator[Command, Any, tuple[Merg
         merger.failure = _SHUTDOWN
         yield Record(_NOBODY_KNOWS)
         return merger, End(_status_of(event), merger.status)
+    request = request.sent
     if not (head.ok or merger.started):  # an error goes to the client as it is
         merger = VerbatimMerger(request)
     end = yield from _relay(merger, head)
@@ -162,8 +167,12 @@ def _answer(turn: Turn, *, refused: bool) -> Generator[Command, Any, Answers]:
 
 def _finish(merger: Merger) -> Conversation:
     """Let go of what ends the response, and pass on what follows the last event until the provider closes."""
-    with suppress(UpstreamError, ClientDisconnected, Interrupted):  # the response was complete, and is recorded as such
+    try:
         yield Relay(merger.finish())
+    except (ClientDisconnected, Interrupted):  # without its end the response must not look complete
+        yield Abort()
+        return
+    with suppress(UpstreamError, ClientDisconnected, Interrupted):  # it was complete, and is recorded as such
         while chunk := (yield Receive()):
             yield Relay(merger.feed(chunk))
         if rest := merger.rest():

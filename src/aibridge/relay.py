@@ -63,6 +63,11 @@ class Interceptor:
 
     async def handle(self, client: ClientConnection, actor: Actor, *, stopping: Stopping) -> None:
         """Serve one request. Raises `BridgeError` where it is refused before anything was sent."""
+        exchange, conversation = await self._begin(client, actor)
+        await exchange.run(conversation, stopping)
+
+    async def _begin(self, client: ClientConnection, actor: Actor) -> "tuple[_Exchange, Conversation]":
+        """Read a request and record its start. What is read is let go of when the provider has it."""
         body = await client.body(self.max_body_bytes)
         sent = self.format.parse(body, client.header(b"content-encoding"))
         prepared, scope = Prepared(sent), ""
@@ -79,8 +84,7 @@ class Interceptor:
         if prepared.lost or prepared.unknown:
             entry.history_missed(prepared.lost, prepared.unknown)
         fields = headers.fields if request.coding == sent.coding else without(headers.fields, b"content-encoding")
-        exchange = _Exchange(self, client, entry, fields, scope)
-        await exchange.run(converse(request, prepared.loop), stopping)
+        return _Exchange(self, client, entry, fields, scope), converse(request, prepared.loop)
 
     def upstream_request(self, client: ClientConnection, fields: Headers, request: Request) -> UpstreamRequest:
         """What goes to the provider for a request of the conversation."""

@@ -7,7 +7,7 @@ everything above works with those and with opaque bytes.
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final, Literal, Protocol
 
 import msgspec
@@ -106,6 +106,11 @@ class Request:
     """The bridge asked for a usage chunk that the client did not ask for, and takes it out of the response."""
     has_tools: bool = False
     """The bridge added tools of its own, and takes their calls out of the response."""
+
+    @property
+    def sent(self) -> "Request":
+        """What is left of it to know when the provider has it: a response may take an hour, and a body megabytes."""
+        return replace(self, body=b"")
 
     @property
     def edits_response(self) -> bool:
