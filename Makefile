@@ -44,7 +44,7 @@ run: $(VENV)/.runtime ## set up and serve on 127.0.0.1:8080 with SQLite in ./aib
 demo: $(VENV)/.runtime ## play a short conversation with a scripted provider and print the ledger; needs no keys
 	@exec $(BIN)/aibridge demo $(ARGS)
 
-example: $(VENV)/.runtime ## run the example of the library's use
+example: $(VENV)/.dev ## run the example of the library's use
 	@$(BIN)/python example/main.py $(ARGS)
 
 # A file's tests stay together: what some of them play once is judged by many.
