@@ -5,10 +5,10 @@ later turns in-band), D6 (what is kept). What the merged streams look like to th
 """
 
 import json
-from dataclasses import replace
 from typing import Any, Final
 
 import pytest
+from msgspec import structs
 
 from aibridge.commands import Abort, Answers, CallTools, Command, End, Receive, Record, Relay, Remember, Respond, Send
 from aibridge.errors import ClientDisconnected, Interrupted, RecordingFailed, UpstreamError, UpstreamTimeout, error_body
@@ -32,7 +32,7 @@ def start(stream: bool = True, **rules: Any) -> tuple[Request, Loop]:
     body = json.dumps({"model": "m", "stream": stream, "messages": [{"role": "user", "content": "hi"}]}).encode()
     request = MESSAGES.parse(body)
     loop = Loop(Toolset([LOOK]), MESSAGES.turns.read(body), **rules)
-    return replace(request, body=MESSAGES.turns.with_tools(body, loop.toolset), has_tools=True), loop
+    return structs.replace(request, body=MESSAGES.turns.with_tools(body, loop.toolset), has_tools=True), loop
 
 
 def text(words: str) -> dict[str, Any]:

@@ -14,12 +14,13 @@ import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
 from typing import Any, Final
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
+from msgspec import structs
 
 from aibridge.commands import Abort, Answers, CallTools, Command, End, Receive, Record, Relay, Remember, Respond, Send
 from aibridge.conversation import converse
@@ -415,7 +416,7 @@ def test_exchanges_with_injected_tools(dialect: Dialect, stream: bool) -> None:
     @FUZZ
     @given(st.lists(said, min_size=3, max_size=3))
     def check(script: Sequence[Exchange]) -> None:
-        commands = carry_out(replace(request, has_tools=True), *script, loop=loop)
+        commands = carry_out(structs.replace(request, has_tools=True), *script, loop=loop)
         kinds = [type(command) for command in commands]
         assert kinds.count(Send) == kinds.count(Record) <= 3
         assert kinds.count(End) == 1

@@ -25,6 +25,8 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
 
+import msgspec
+
 from aibridge.commands import (
     Abort,
     Answers,
@@ -62,7 +64,8 @@ _NOBODY_KNOWS: Final = ResponseFacts(usage=Usage(), completeness="partial")
 
 def converse(request: Request, loop: Loop | None = None) -> Conversation:
     """Carry one client request through; `loop` where tools were injected into it. See the module's docstring."""
-    steps, request = _turns(request, loop), request.sent
+    sent = request.sent
+    steps, request = _turns(request, sent, loop), sent
     merger, turns, end = yield from steps
     if loop is not None and turns:
         with suppress(ClientDisconnected, Interrupted):  # it is being kept, whoever waits
@@ -78,17 +81,19 @@ def converse(request: Request, loop: Loop | None = None) -> Conversation:
         yield from _last_words(*merger.whole())
 
 
-def _turns(request: Request, loop: Loop | None) -> Generator[Command, Any, tuple[Merger, list[Answered], End]]:
+def _turns(
+    request: Request, sent: Request, loop: Loop | None
+) -> Generator[Command, Any, tuple[Merger, list[Answered], End]]:
     """Ask the provider, and again as long as it calls tools of ours only. Answers with what there is to finish, the turns
-    that are to be remembered, and how the interception ends.
+    that are to be remembered, and how the interception ends. `sent` is what is to be known of the request later.
     """
-    merger: Merger = VerbatimMerger(request.sent) if loop is None else LoopMerger(request.sent, loop)
+    merger: Merger = VerbatimMerger(sent) if loop is None else LoopMerger(sent, loop)
     turns: list[Answered] = []
     last = loop is None or loop.max_turns == 1
     while True:
-        steps = _ask(request, merger)
+        steps = _ask(request, sent, merger)
         if loop is None:
-            request = request.sent
+            request = sent
         merger, end = yield from steps
         if loop is None or not isinstance(merger, LoopMerger) or end.status != "completed":
             break
@@ -103,13 +108,13 @@ def _turns(request: Request, loop: Loop | None) -> Generator[Command, Any, tuple
         if last or not turn.calls or turn.awaits_client:
             break
         last = answers.out_of_time or len(turns) + 1 >= loop.max_turns
-        request = replace(request, body=request.format.turns.with_turn(request.body, turns[-1], last=last))
+        request = msgspec.structs.replace(request, body=request.format.turns.with_turn(request.body, turns[-1], last=last))
     if not turns and merger.started and isinstance(merger, LoopMerger):
         turns.append(Answered(merger.turn()))  # what the client has of it is bound to the tools that were offered
     return merger, turns, end
 
 
-def _ask(request: Request, merger: Merger) -> Generator[Command, Any, tuple[Merger, End]]:
+def _ask(request: Request, sent: Request, merger: Merger) -> Generator[Command, Any, tuple[Merger, End]]:
     """Send a request, relay the response up to its end, and record it. Answers with what the response was presented by, and
     how the interception ends if this is all of it.
     """
@@ -123,7 +128,7 @@ def _ask(request: Request, merger: Merger) -> Generator[Command, Any, tuple[Merg
         merger.failure = _SHUTDOWN
         yield Record(_NOBODY_KNOWS)
         return merger, End(_status_of(event), merger.status)
-    request = request.sent
+    request = sent
     if not (head.ok or merger.started):  # an error goes to the client as it is
         merger = VerbatimMerger(request)
     end = yield from _relay(merger, head)

@@ -27,8 +27,9 @@ class Connection(Protocol):
     def closing(self) -> bool:
         """This is the last response."""
 
-    def write(self, data: bytes) -> None:
-        """Write to the client."""
+    @property
+    def write(self) -> Callable[[bytes], None]:
+        """Writes to the client."""
 
     def ask(self, exchange: "Exchange") -> bool:
         """The application waits for a body that its client may hold back. Answers whether the client was asked for it."""

@@ -106,6 +106,7 @@ class HttpProtocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client has connected."""
         self._transport = cast("asyncio.Transport", transport)
+        self.write = self._transport.write
         self._serving.connections.add(self)
         self._serving.deadlines.start()
         peer = transport.get_extra_info("peername")
@@ -240,10 +241,6 @@ class HttpProtocol(asyncio.Protocol):
             self._wait_for(math.inf if self._exchange is not None else self._serving.keep_alive_seconds)
 
     # ---- called by exchanges ----
-
-    def write(self, data: bytes) -> None:
-        """Write to the client."""
-        self._transport.write(data)
 
     def ask(self, exchange: Exchange) -> bool:
         """The application waits for a body that its client may hold back. Answers whether the client was asked for it."""

@@ -10,8 +10,10 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final, ParamSpec, TypeVar
+
+import msgspec
 
 from aibridge.commands import Answers
 from aibridge.history import History
@@ -30,8 +32,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(msgspec.Struct, frozen=True):
     """A request as it goes to the provider first. Without a `loop` nothing was injected, and its bytes are the client's.
 
     `lost` and `unknown` count what could not be put back (`aibridge.wire.turns.Restored`); `notes` say so to the ledger, and
@@ -84,7 +85,7 @@ class Injection:
         except (CodingError, Unreadable) as error:
             return Prepared(request, notes=(f"no tools injected: {error}",))
         if ready != body:
-            request = replace(request, body=ready, coding="", has_tools=bool(toolset))
+            request = msgspec.structs.replace(request, body=ready, coding="", has_tools=bool(toolset))
         return Prepared(
             request,
             Loop(toolset, draft, self.usage, self.max_turns) if toolset else None,

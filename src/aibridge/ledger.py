@@ -170,8 +170,13 @@ class Entry:
             self._put(PromptUsage(id=new_id(), prompt=self._request.prompt, **about))
         self._answered = True
         if facts.usage is not None:
-            said = {"model": facts.model, "stop_reason": facts.stop_reason, "notes": facts.notes}
-            metadata: dict[str, Any] = {key: value for key, value in said.items() if value}
+            metadata: dict[str, Any] = {}
+            if facts.model:
+                metadata["model"] = facts.model
+            if facts.stop_reason:
+                metadata["stop_reason"] = facts.stop_reason
+            if facts.notes:
+                metadata["notes"] = facts.notes
             if facts.usage.raw is not None:
                 metadata["usage"] = msgspec.Raw(_unicode(facts.usage.raw))
             self._put(

@@ -5,8 +5,9 @@ Without injected tools nothing is (`aibridge.sidecalls`).
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
+
+from msgspec import structs
 
 from aibridge.asgi import ClientConnection
 from aibridge.errors import BridgeError, ClientDisconnected, UpstreamError
@@ -54,7 +55,7 @@ async def pass_through(
     response = None
     try:
         for path in adapted.also:
-            response = await waits.wait(upstream.send(replace(request, url=provider.url(path, client.query))))
+            response = await waits.wait(upstream.send(structs.replace(request, url=provider.url(path, client.query))))
             response.close()
         response = await waits.wait(upstream.send(request))
         notify(observers, PassedThrough(provider.name, route.pattern, client.method, response.head.status))

@@ -185,6 +185,7 @@ class _Exchange:
         """
         assert self._response is not None  # noqa: S101  Send comes before Receive
         command: Command | None = _RECEIVE
+        step = conversation.send
 
         def take(chunk: bytes) -> bool:
             nonlocal command
@@ -192,11 +193,14 @@ class _Exchange:
                 self._heard = True
                 self._entry.first_byte()
             behind = False
-            command = _step(conversation.send, chunk)
-            while type(command) is Relay:
-                if command.data and self._listening:
-                    behind = client.write(command.data)
-                command = _step(conversation.send, self._listening)
+            try:
+                command = step(chunk)
+                while type(command) is Relay:
+                    if command.data and self._listening:
+                        behind = client.write(command.data)
+                    command = step(self._listening)
+            except StopIteration:
+                command = None
             return behind or type(command) is not Receive
 
         try:

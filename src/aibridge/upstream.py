@@ -7,8 +7,9 @@ at any time. What opens sockets is in `aibridge.httpclient`; whatever does passe
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from aibridge.errors import UpstreamError
 from aibridge.wire.base import Headers
@@ -17,8 +18,7 @@ from aibridge.wire.observer import ResponseHead
 Body = bytes | AsyncIterator[bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class UpstreamRequest:
+class UpstreamRequest(msgspec.Struct, frozen=True):
     """A request to a provider. `headers` are sent as they are, without Host and, for a body of bytes, Content-Length.
 
     The `url` goes out as it is encoded; characters beyond ASCII stand for bytes, as in latin-1, and are percent-encoded.

@@ -7,7 +7,6 @@ everything above works with those and with opaque bytes.
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final, Literal, Protocol
 
 import msgspec
@@ -93,8 +92,7 @@ class ResponseFacts(msgspec.Struct, frozen=True):
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(msgspec.Struct, frozen=True):
     """A request, immutable. `body` is what goes to the provider: the client's own bytes unless an edit was spliced in."""
 
     format: "WireFormat"
@@ -110,7 +108,7 @@ class Request:
     @property
     def sent(self) -> "Request":
         """What is left of it to know when the provider has it: a response may take an hour, and a body megabytes."""
-        return replace(self, body=b"")
+        return msgspec.structs.replace(self, body=b"")
 
     @property
     def edits_response(self) -> bool:

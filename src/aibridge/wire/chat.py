@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, Final
 
 import msgspec
@@ -69,7 +68,7 @@ class ChatFormat(WireFormat):
             body = _with_stream_options(body) if facts.asks_for_usage is None else _with_include_usage(body)
         except Unreadable:
             return request
-        return replace(request, body=body, hides_usage=True)
+        return msgspec.structs.replace(request, body=body, hides_usage=True)
 
     def response_filter(self, request: Request) -> ResponseFilter | None:
         """What takes the usage chunk out again for a client that did not ask for it."""
