@@ -5,11 +5,13 @@ RFC 9112 (6.3: how a body's length is told; 9.2: a response without a request en
 """
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
 import pytest
 
+from aibridge import httpclient
 from aibridge.errors import UpstreamError
 from aibridge.httpclient import HttpUpstream
 from aibridge.upstream import Body, UpstreamRequest, UpstreamResponse
@@ -225,3 +227,36 @@ async def test_a_target_that_servers_might_split(target: str) -> None:
     async with client() as upstream:
         with pytest.raises(UpstreamError, match="cannot be written as HTTP"):
             await upstream.send(UpstreamRequest("GET", "http://127.0.0.1:1" + target, []))
+
+
+async def test_a_connection_whose_request_was_not_read_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A provider may refuse a request by its head alone. What it left unread would be in front of the next one."""
+    connected = httpclient._connected_socket
+
+    async def with_little_room(host: str, port: int) -> socket.socket:
+        found = await connected(host, port)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)
+        return found
+
+    monkeypatch.setattr(httpclient, "_connected_socket", with_little_room)
+    writers: list[asyncio.StreamWriter] = []
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        head = await reader.readuntil(b"\r\n\r\n")
+        refused = b"content-length: 900000" in head  # and not read: the reader has its bound
+        writer.write(b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 2\r\n\r\nno" if refused else OK)
+
+    server = await asyncio.start_server(talk, "127.0.0.1", 0, limit=4096)
+    for listener in server.sockets:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with asyncio.timeout(SECONDS), client() as upstream:
+        first = await upstream.send(post(url, bytes(900_000)))
+        assert (first.head.status, await body_of(first)) == (429, b"no")
+        assert await body_of(await upstream.send(post(url, b"small"))) == b"ok"
+    server.close()
+    for writer in writers:
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()

@@ -5,7 +5,7 @@ Truth: design.md sections 2 and 3; `Recorder` for what a user's own class may do
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
@@ -467,3 +467,37 @@ async def test_a_cancelled_start_that_was_not_recorded_needs_no_end() -> None:
     await until(lambda: bool(events))
     assert events == [RecordLost("i", "Interception")]
     assert len(recorder.records) == 1
+
+
+class Together(MemoryRecorder):
+    """Takes what comes together at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups: list[list[str]] = []
+
+    async def record_together(self, records: Sequence[Record]) -> None:
+        self.groups.append([type(record).__name__ for record in records])
+
+
+class KeepsNoPrompts(Together):
+    async def record_prompt_usage(self, record: PromptUsage) -> None:
+        """What users ask is nobody's business."""
+
+
+async def test_what_becomes_known_together_is_recorded_together() -> None:
+    recorder = Together()
+    entry = Entry(Ledger(recorder), start(), ASKED)
+    await entry.start()
+    entry.record(ANSWERED)
+    await entry.end(End("completed", 200))
+    said = ["PromptUsage", "TokenUsage", "ToolUsage", "ToolUsage", "ModelThought", "ModelThought", "InterceptionEnded"]
+    assert recorder.groups == [["Interception"], said] and not recorder.interceptions
+
+
+async def test_a_method_that_somebody_overrides_is_called() -> None:
+    """It may be there to keep something out of the ledger."""
+    recorder = KeepsNoPrompts()
+    entry = Entry(Ledger(recorder), start(), ASKED)
+    await entry.start()
+    assert recorder.groups == [] and len(recorder.interceptions) == 1

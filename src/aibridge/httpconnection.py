@@ -414,9 +414,9 @@ class Connection(asyncio.Protocol):
         response, self._response, self._head = self._response, None, None
         assert response is not None  # noqa: S101  there is no end without a beginning
         response.end(None)
-        sent = self._upload is None or self._upload.done()
         if self._transport is None or self._transport.is_closing():
             return
+        sent = (self._upload is None or self._upload.done()) and not self._transport.get_write_buffer_size()
         if sent and self._reusable(response.head):
             self.resume_reading()
             self.deadline = self._loop.time() + _KEEP_IDLE_SECONDS

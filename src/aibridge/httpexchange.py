@@ -67,7 +67,6 @@ class Exchange:
     )
 
     def __init__(self, connection: "Connection", scope: dict[str, Any], *, keep_alive: bool, expects: bool) -> None:
-        scope[DIRECT] = self
         self.scope = scope
         self.keep_alive = keep_alive
         self.more_body = True
@@ -99,6 +98,7 @@ class Exchange:
         """Have the application answer."""
         if self.disconnected:  # before its turn came
             return
+        self.scope[DIRECT] = self
         try:
             await app(self.scope, self.receive, self.send)
         except Exception:

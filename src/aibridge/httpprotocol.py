@@ -115,6 +115,8 @@ class HttpProtocol(asyncio.Protocol):
         self._server = (str(here[0]), int(here[1])) if isinstance(here, tuple) else None
         self._scheme = "https" if transport.get_extra_info("sslcontext") else "http"
         self._wait_for(self._serving.keep_alive_seconds)
+        if self._serving.closing:  # accepted in the moment in which the server stopped to listen
+            transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  why does not matter
         """The client has gone, or we have hung up."""
@@ -259,9 +261,10 @@ class HttpProtocol(asyncio.Protocol):
 
     def go_on(self, exchange: Exchange) -> None:
         """A response is complete: the next request, if the connection lasts."""
-        if exchange.waits_to_be_asked or (exchange.more_body and not exchange.keep_alive):
+        last = not exchange.keep_alive or self._serving.closing
+        if exchange.waits_to_be_asked or (exchange.more_body and last):
             self._hang_up()  # what comes next could be the body or a request
-        elif not exchange.keep_alive or self._serving.closing:
+        elif last:
             self._end()
         elif self._waiting:
             self._answer(self._waiting.popleft())

@@ -1,13 +1,14 @@
 """The HTTP server: listens for clients, and ends in an orderly way. One connection is in `aibridge.httpprotocol`."""
 
 import asyncio
+import errno
 import logging
 import socket
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from aibridge.asgi import App
 from aibridge.httpprotocol import HttpProtocol, Serving
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 _KEEP_ALIVE_SECONDS: Final = 75.0
 _REQUEST_SECONDS: Final = 60.0
 _BACKLOG: Final = 2048
+_NOT_HERE: Final = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)  # such as IPv6 where the machine has none
 _LAST_RECORDS_SECONDS: Final = 10.0
 
 
@@ -78,29 +80,41 @@ class HttpServer:
 
 
 def bound(host: str, port: int) -> list[socket.socket]:
-    """Sockets for all addresses of a host, to listen on the same port. Port 0 takes a free one.
+    """Sockets for all addresses of a host that the machine has, to listen on the same port. Port 0 takes a free one.
 
-    Raises OSError where none can be bound.
+    Raises OSError where there are none, or one of them is taken: its clients would talk to somebody else.
     """
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     sockets: list[socket.socket] = []
     failure: OSError | None = None
     for family, kind, protocol, _, address in dict.fromkeys(found):
-        listener = socket.socket(family, kind, protocol)
         try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            listener.bind((address[0], port, *address[2:]))
-        except OSError as error:  # such as an address of IPv6 where the machine has none
-            listener.close()
+            listener = _bound(family, kind, protocol, (address[0], port, *address[2:]))
+        except OSError as error:
             failure = error
+            if error.errno not in _NOT_HERE:
+                break
         else:
             port = listener.getsockname()[1]
             sockets.append(listener)
-    if not sockets:
+    if not sockets or (failure is not None and failure.errno not in _NOT_HERE):
+        for listener in sockets:
+            listener.close()
         raise failure or OSError(f"{host} has no address")
     return sockets
+
+
+def _bound(family: int, kind: int, protocol: int, address: tuple[Any, ...]) -> socket.socket:
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def shared(listeners: Sequence[socket.socket], count: int) -> list[list[socket.socket]]:

@@ -93,10 +93,13 @@ class Ledger:
     recorder: Recorder
     observers: Sequence[Observer] = ()
     when_unrecordable: WhenUnrecordable = "refuse"
+    together: Callable[[Sequence[Record]], Awaitable[None]] | None = field(init=False, repr=False, compare=False)
+    """The recorder's ``record_together``, where that speaks for its other methods."""
     _tasks: set[asyncio.Task[None]] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Listen for what the recorder loses when nobody waits for it any more."""
+        object.__setattr__(self, "together", _together(self.recorder))
         report_losses = getattr(self.recorder, "report_losses", None)
         if report_losses is not None:
             report_losses(self.lose)
@@ -112,6 +115,18 @@ class Ledger:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _together(recorder: Recorder) -> Callable[[Sequence[Record]], Awaitable[None]] | None:
+    """Not where a subclass has methods of its own for single records, or a wrapper passes this one on: they would be gone
+    round, and may be there to keep something out of the ledger.
+    """
+    own = [vars(kind) for kind in type(recorder).__mro__]
+    depth = next((depth for depth, names in enumerate(own) if "record_together" in names), 0)
+    if "record_together" not in own[depth] or any(name.startswith("record_") for names in own[:depth] for name in names):
+        return None
+    together: Callable[[Sequence[Record]], Awaitable[None]] | None = getattr(recorder, "record_together", None)
+    return together
 
 
 def _interception_of(record: Record) -> str:
@@ -271,9 +286,8 @@ class Entry:
         """Give records to the recorder. Their writing goes on by itself, and a loss is counted, whoever waits for it."""
         if self._unwritten:
             records, self._unwritten = self._unwritten, []
-            together = getattr(self._ledger.recorder, "record_together", None)
-            if together is not None:
-                self._await(records, partial(together, records))
+            if self._ledger.together is not None:
+                self._await(records, partial(self._ledger.together, records))
                 return
             for record in records:
                 self._await((record,), partial(_write, self._ledger.recorder, record))

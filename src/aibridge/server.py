@@ -240,7 +240,10 @@ async def run(
     http = http_server(server, settings)
     _collect_garbage_seldom()
     try:
-        await http.start(listeners)
+        try:
+            await http.start(listeners)
+        except OSError as error:  # somebody else was faster to listen
+            raise CannotStart from error
         when_ready()
         await stop
         logger.info("shutting down: waiting for responses under way")

@@ -349,7 +349,7 @@ class Stage:
             del self._scenes[scene.tag]
             failures, self.provider.failures[:] = self.provider.failures[:], []
         assert not failures, failures
-        output = self.gateway.output[written:].replace(_ABORTED, "")
+        output = self.gateway.output[written:]
         assert not _ALARMING.search(output), output
 
     async def _answer(self, received: Received) -> Reply:
@@ -360,9 +360,6 @@ class Stage:
         exchange = next(exchange for exchange in reversed(self.provider.exchanges) if exchange.received is received)
         return await scene.answer(received, exchange)
 
-
-# What uvicorn says when a response is broken off on purpose, so that nobody takes it for whole.
-_ABORTED: Final = "ERROR uvicorn.error: ASGI callable returned without completing response."
 
 _ALARMING: Final = re.compile(r"Traceback|never retrieved|never awaited|\b(ERROR|CRITICAL)\b|[a-zA-Z]Warning\b")
 

@@ -35,7 +35,8 @@ class Recorder(Protocol):
     A recorder may also have ``record_model_thought(record: ModelThought)``; without it thoughts are not kept. And it may
     have ``report_losses(to: LossReport)``, by which it gets to know whom to tell of records that it loses later; and
     ``record_together(records: Sequence[Record])``, which is called instead of the others, with what is known at one time of
-    one interception, and whose awaitable may raise `RecordsLost`.
+    one interception, and whose awaitable may raise `RecordsLost`. A subclass that overrides one of the others and not this
+    is called record by record.
     """
 
     def record_interception(self, record: Interception, /) -> Awaitable[None]:
