@@ -20,7 +20,7 @@ from starlette.routing import Mount
 from aibridge import Actor, MemoryRecorder, Provider, RequestBridge, SqliteRecorder, as_actor
 from aibridge.asgi import App, Receive, Scope, Send
 from aibridge.errors import BridgeError, UpstreamError
-from aibridge.ledger import Event, PassedThrough
+from aibridge.events import Event, PassedThrough
 from aibridge.upstream import MemoryResponse, MemoryUpstream, UpstreamRequest, UpstreamResponse
 from aibridge.wire.observer import ResponseHead
 from tests.serving import ALICE, Call, call, scope, serving, settings

@@ -49,6 +49,7 @@ LAYERS = [
     ["aibridge.history", "aibridge.toolbox"],
     ["aibridge.guard", "aibridge.headers", "aibridge.identity", "aibridge.providers", "aibridge.upstream"],
     ["aibridge.asgi", "aibridge.deadlines", "aibridge.interruptible", "aibridge.keepalive"],
+    ["aibridge.events"],
     # the core
     ["aibridge.conversation"],
     ["aibridge.merger"],

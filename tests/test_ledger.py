@@ -15,7 +15,8 @@ import uuid_utils
 
 from aibridge.commands import End
 from aibridge.errors import RecordingFailed
-from aibridge.ledger import Entry, Event, Ledger, PassedThrough, RecordLost, WhenUnrecordable, new_id, notify
+from aibridge.events import Event, PassedThrough, RecordLost, notify
+from aibridge.ledger import Entry, Ledger, WhenUnrecordable, new_id
 from aibridge.recording import MemoryRecorder
 from aibridge.recording.base import LossReport
 from aibridge.records import (

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
 from aibridge.config import load
-from aibridge.ledger import HistoryMissed, PassedThrough, RecordLost
+from aibridge.events import HistoryMissed, PassedThrough, RecordLost
 from aibridge.metrics import MAX_LABEL_VALUES, Metrics
 from aibridge.records import Interception, InterceptionEnded, ModelThought, PromptUsage, TokenUsage, ToolUsage
 from aibridge.server import Server

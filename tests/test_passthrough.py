@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from aibridge import MemoryRecorder, Provider, RequestBridge, as_actor
+from aibridge.events import Event, PassedThrough
 from aibridge.httpclient import HttpUpstream
-from aibridge.ledger import Event, PassedThrough
 from tests.serving import ALICE, Call, Fields, call, scope, serving, settings
 from tests.support.provider import CUT, STALL, Gate, Reply, ScriptedProvider, Wait
 from tests.support.rawclient import RawClient

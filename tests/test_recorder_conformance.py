@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from aibridge.commands import End
-from aibridge.ledger import Entry, Event, Ledger
+from aibridge.events import Event
+from aibridge.ledger import Entry, Ledger
 from aibridge.recording import MemoryRecorder, Recorder, SqliteRecorder
 from aibridge.records import Interception, InterceptionEnded, PromptUsage, Record, TokenUsage, ToolUsage
 from aibridge.wire.base import RequestFacts, ResponseFacts, Thought, ToolCall, Usage

@@ -17,11 +17,12 @@ from aibridge.errors import (
     UnknownRoute,
     UpgradeRefused,
 )
+from aibridge.events import Observer
 from aibridge.httpclient import HttpUpstream
 from aibridge.identity import Actor, actor_of
 from aibridge.injection import Injection
 from aibridge.interruptible import Stopping
-from aibridge.ledger import Ledger, Observer, WhenUnrecordable
+from aibridge.ledger import Ledger, WhenUnrecordable
 from aibridge.passthrough import pass_through
 from aibridge.providers import Provider, Route
 from aibridge.recording.base import Recorder

@@ -19,6 +19,7 @@ import uuid_utils
 
 from aibridge.commands import End
 from aibridge.errors import RecordingFailed
+from aibridge.events import HistoryMissed, Observer, RecordLost, notify
 from aibridge.recording.base import Recorder, RecordsLost
 from aibridge.records import (
     Interception,
@@ -38,52 +39,9 @@ WhenUnrecordable = Literal["refuse", "continue"]
 """What to do when not even the spool takes a record: serve nobody, or carry on and count what is lost."""
 
 
-class RecordLost(msgspec.Struct, frozen=True):
-    """A record could not be kept anywhere. `kind` is the name of its type; both are empty where it cannot even be read."""
-
-    interception_id: str
-    kind: str
-
-
-class PassedThrough(msgspec.Struct, frozen=True):
-    """A request on a passthrough route was answered."""
-
-    provider_name: str
-    route: str
-    method: str
-    http_status: int
-
-
-class HistoryMissed(msgspec.Struct, frozen=True):
-    """What a client was not shown in earlier responses could not be put back into its request.
-
-    `lost` responses are known to have had a hidden part, which is gone; of `unknown` turns of the model nothing is known.
-    """
-
-    interception_id: str
-    lost: int
-    unknown: int
-
-
-Event = Record | RecordLost | PassedThrough | HistoryMissed
-Observer = Callable[[Event], None]
-"""Sees everything that happens, in order: a start when the interception takes place, anything else right away.
-
-What it raises is logged and goes no further."""
-
-
 def new_id() -> str:
     """A UUID of version 7: sorts by time, so that rows of one day lie together (RFC 9562 section 5.7)."""
     return str(uuid_utils.uuid7())
-
-
-def notify(observers: Sequence[Observer], event: Event) -> None:
-    """Tell every observer."""
-    for observer in observers:
-        try:
-            observer(event)
-        except Exception:
-            logger.exception("an observer failed")
 
 
 @dataclass(frozen=True, slots=True)

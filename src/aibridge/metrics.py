@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from aibridge.ledger import Event, HistoryMissed, PassedThrough, RecordLost
+from aibridge.events import Event, HistoryMissed, PassedThrough, RecordLost
 from aibridge.records import Interception, InterceptionEnded, PromptUsage, TokenUsage, ToolUsage
 
 MAX_LABEL_VALUES: Final = 200

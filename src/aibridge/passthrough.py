@@ -11,9 +11,9 @@ from msgspec import structs
 
 from aibridge.asgi import ClientConnection
 from aibridge.errors import BridgeError, ClientDisconnected, UpstreamError
+from aibridge.events import Observer, PassedThrough, notify
 from aibridge.headers import to_client, to_upstream, without
 from aibridge.interruptible import Interruptible
-from aibridge.ledger import Observer, PassedThrough, notify
 from aibridge.providers import Provider, Route
 from aibridge.sidecalls import Adapted
 from aibridge.upstream import Body, Upstream, UpstreamRequest, UpstreamResponse
