@@ -21,6 +21,7 @@ from aibridge import Actor, MemoryRecorder, Provider, RequestBridge, SqliteRecor
 from aibridge.asgi import App, Receive, Scope, Send
 from aibridge.errors import BridgeError, UpstreamError
 from aibridge.events import Event, PassedThrough
+from aibridge.limits import Limits
 from aibridge.upstream import MemoryResponse, MemoryUpstream, UpstreamRequest, UpstreamResponse
 from aibridge.wire.observer import ResponseHead
 from tests.serving import ALICE, Call, call, scope, serving, settings
@@ -204,7 +205,7 @@ async def test_a_websocket_scope_where_it_cannot() -> None:
 
 
 async def test_the_header_limit() -> None:
-    stage = Stage(max_header_bytes=1000)
+    stage = Stage(limits=Limits(max_header_bytes=1000))
     host = len(b"host127.0.0.1")
     exact = [(b"x-a", b"v" * (1000 - 3 - host))]
     over = [(b"x-a", b"v" * 300), (b"x-b", b"v" * (1001 - 300 - 6 - host))]
@@ -229,7 +230,7 @@ class ReadingUpstream(MemoryUpstream):
 @pytest.mark.parametrize("path", ["/anthropic/v1/messages", "/anthropic/v1/messages/count_tokens"])
 @pytest.mark.parametrize("declared", [True, False], ids=["with its length", "without"])
 async def test_the_body_limit(path: str, declared: bool) -> None:
-    stage = Stage(upstream=ReadingUpstream(lambda _: memory_response(MESSAGE)), max_body_bytes=len(REQUEST))
+    stage = Stage(upstream=ReadingUpstream(lambda _: memory_response(MESSAGE)), limits=Limits(max_body_bytes=len(REQUEST)))
     answers = []
     for body in (REQUEST, REQUEST + b" "):
         length = (b"content-length", b"%d" % len(body)) if declared else (b"transfer-encoding", b"chunked")

@@ -382,7 +382,7 @@ class Stage:
 
     def stop(self) -> None:
         """What the bridge does at the end of the grace period."""
-        (running,) = self.bridge._stopping._running
+        (running,) = self.bridge._current.stopping._running
         running.interrupt(Interrupted())
 
     async def over(self) -> str:

@@ -30,6 +30,7 @@ LAYERS = [
     # the library
     ["aibridge"],
     ["aibridge.bridge"],
+    ["aibridge.generation"],
     # the shell: moves bytes, owns clocks and sockets
     ["aibridge.metrics", "aibridge.passthrough", "aibridge.relay"],
     ["aibridge.sidecalls"],
@@ -67,7 +68,7 @@ LAYERS = [
     ["aibridge.wire.turns"],
     ["aibridge.wire.coding", "aibridge.wire.splicing", "aibridge.wire.sse"],
     ["aibridge.wire.reading"],
-    ["aibridge.errors", "aibridge.tools"],
+    ["aibridge.errors", "aibridge.limits", "aibridge.tools"],
 ]
 
 DEPTH = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}

@@ -14,6 +14,7 @@ import pytest
 from aibridge import MemoryRecorder, Provider, RequestBridge, as_actor
 from aibridge.events import Event, PassedThrough
 from aibridge.httpclient import HttpUpstream
+from aibridge.limits import Limits
 from tests.serving import ALICE, Call, Fields, call, scope, serving, settings
 from tests.support.provider import CUT, STALL, Gate, Reply, ScriptedProvider, Wait
 from tests.support.rawclient import RawClient
@@ -260,7 +261,7 @@ async def test_the_client_leaves_within_the_upload(stage: Stage) -> None:
 
 @pytest.mark.parametrize("declared", [True, False], ids=["length", "chunked"])
 async def test_an_upload_over_the_limit(declared: bool) -> None:
-    async with staged(max_body_bytes=100) as stage:
+    async with staged(limits=Limits(max_body_bytes=100)) as stage:
         framing = (b"content-length", b"101") if declared else (b"transfer-encoding", b"chunked")
         answer = await stage.call("POST", COUNT, [framing], bytes(60), bytes(41))
         assert answer.status == 413 and answer.json()["error"]["type"] == "request_too_large"
@@ -282,7 +283,7 @@ async def test_an_upload_over_the_limit_after_an_early_answer() -> None:
     async with server:
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         providers = [Provider.openai(base_url=url + "/v1")]
-        async with RequestBridge(providers, MemoryRecorder(), max_body_bytes=100) as bridge:
+        async with RequestBridge(providers, MemoryRecorder(), limits=Limits(max_body_bytes=100)) as bridge:
             headers = [(b"transfer-encoding", b"chunked")]
             upload = Call(bridge, as_actor(scope("POST", "/openai/v1/conversations", headers), ALICE))
             upload._messages = asyncio.Queue()

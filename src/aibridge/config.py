@@ -33,9 +33,9 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from aibridge.bridge import MAX_BODY_BYTES, MAX_HEADER_BYTES
 from aibridge.errors import ProviderKind
 from aibridge.ledger import WhenUnrecordable
+from aibridge.limits import MAX_BODY_BYTES, MAX_HEADER_BYTES, Limits
 from aibridge.mcp.settings import McpServer, check_name as check_server_name
 from aibridge.providers import OnDisconnect, Provider, check_base_url, check_name
 from aibridge.wire.turns import UsagePolicy
@@ -206,6 +206,10 @@ class LimitSettings(_Section):
 
     max_body_bytes: int = Field(default=MAX_BODY_BYTES, gt=0, description="largest request body")
     max_header_bytes: int = Field(default=MAX_HEADER_BYTES, gt=0, description="largest request head")
+
+    def limits(self) -> Limits:
+        """What the bridge takes at most."""
+        return Limits(**dict(self))
 
 
 class UpstreamSettings(_Section):

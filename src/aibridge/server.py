@@ -75,8 +75,7 @@ class Server:
             upstream=upstream_of(settings) if upstream is None else upstream,
             injection=injection_of(settings),
             when_unrecordable=settings.database.when_unavailable,
-            max_body_bytes=settings.limits.max_body_bytes,
-            max_header_bytes=settings.limits.max_header_bytes,
+            limits=settings.limits.limits(),
         )
         self._authenticator = _authenticator(settings)
         self._guard = (

@@ -1,0 +1,151 @@
+"""What of a bridge depends on its configuration: a *generation*. A reload makes another one for the requests that come from
+then on; those that have begun end in their own.
+"""
+
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from itertools import chain
+
+from aibridge.asgi import ClientConnection
+from aibridge.errors import HeadersTooLarge, NotAuthenticated, ProviderKind, UnknownRoute
+from aibridge.identity import Actor
+from aibridge.injection import Injection
+from aibridge.interruptible import Stopping
+from aibridge.ledger import Ledger
+from aibridge.limits import Limits
+from aibridge.passthrough import pass_through
+from aibridge.providers import Provider, Route
+from aibridge.relay import Interceptor, scope_of
+from aibridge.sidecalls import Adapted, adapt
+from aibridge.upstream import Upstream
+
+
+class Lent:
+    """Lends the parts of injections to generations. One is opened for the first that needs it and closed behind the last,
+    so that what a new configuration has in common with the old one goes on.
+    """
+
+    def __init__(self) -> None:
+        self._users: dict[int, int] = {}
+
+    @asynccontextmanager
+    async def to_one_more(self, part: AbstractAsyncContextManager[object]) -> AsyncIterator[None]:
+        """Lend a part. Not while it is being closed."""
+        if id(part) not in self._users:
+            await part.__aenter__()
+            self._users[id(part)] = 0
+        self._users[id(part)] += 1
+        try:
+            yield
+        finally:
+            self._users[id(part)] -= 1
+            if not self._users[id(part)]:
+                del self._users[id(part)]
+                await part.__aexit__(None, None, None)
+
+
+class Generation:
+    """Serves the requests that come while its configuration is the current one. Raises ValueError when two providers have
+    the same name.
+    """
+
+    def __init__(
+        self,
+        providers: Iterable[Provider],
+        *,
+        injection: Injection | None,
+        limits: Limits,
+        ledger: Ledger,
+        upstream: Upstream,
+    ) -> None:
+        self._providers: dict[str, Provider] = {}
+        for provider in providers:
+            if provider.name in self._providers:
+                raise ValueError(f"two providers are named {provider.name!r}")
+            self._providers[provider.name] = provider
+        self._ledger = ledger
+        self._upstream = upstream
+        self._injection = injection
+        self._limits = limits
+        self._interceptors = {
+            f"/{provider.name}{route.pattern}": Interceptor(
+                provider, route, route.format, upstream, ledger, limits.max_body_bytes, injection
+            )
+            for provider in self._providers.values()
+            for route in provider.routes
+            if route.format is not None
+        }
+        self._requests = 0  # under way
+        self._when_unused: Callable[[], object] | None = None
+        self._lent = AsyncExitStack()
+        self.stopping = Stopping()
+        """The exchanges under way."""
+
+    async def open(self, lent: Lent) -> None:
+        """Open what the injection needs. Raises what that raises; then nothing stays open."""
+        parts = () if self._injection is None else (self._injection.history, self._injection.toolbox)
+        async with AsyncExitStack() as opened:
+            for part in parts:
+                if isinstance(part, AbstractAsyncContextManager):
+                    await opened.enter_async_context(lent.to_one_more(part))
+            self._lent = opened.pop_all()
+
+    async def close(self) -> None:
+        """Close it again, where no other generation needs it."""
+        await self._lent.aclose()
+
+    def retire(self, when_unused: Callable[[], object]) -> None:
+        """No more requests come. `when_unused` is called when the last one is over."""
+        self._when_unused = when_unused
+        if not self._requests:
+            when_unused()
+
+    def kind_of(self, path: str) -> ProviderKind:
+        """The kind of the provider that a request is for, which says how an error must look to its client."""
+        provider = self._providers.get(path.removeprefix("/").partition("/")[0])
+        return "openai" if provider is None else provider.kind
+
+    async def serve(self, client: ClientConnection, actor: Actor | None) -> None:
+        """Serve one request. Raises `BridgeError` where it is refused, `ClientDisconnected`."""
+        self._requests += 1
+        try:
+            await self._dispatch(client, actor)
+        finally:
+            self._requests -= 1
+            if self._when_unused is not None and not self._requests:
+                self._when_unused()
+
+    async def _dispatch(self, client: ClientConnection, actor: Actor | None) -> None:
+        if sum(map(len, chain.from_iterable(client.headers))) > self._limits.max_header_bytes:
+            raise HeadersTooLarge(f"The request headers are larger than {self._limits.max_header_bytes} bytes.")
+        if actor is None:
+            raise NotAuthenticated("Nobody is known to be behind this request.")
+        interceptor = self._interceptors.get(client.path) if client.method == "POST" else None
+        if interceptor is not None:
+            await interceptor.handle(client, actor, stopping=self.stopping)
+        else:
+            await self._pass_through(client, actor)
+
+    async def _pass_through(self, client: ClientConnection, actor: Actor) -> None:
+        provider, route, path = self._find(client.method, client.path)
+        adapted = Adapted(path)
+        if self._injection is not None and route.about is not None:
+            history = scope_of(actor, provider, route.about)
+            adapted = await adapt(self._injection, route.about, history, client, path, self._limits.max_body_bytes)
+        await pass_through(
+            client,
+            provider,
+            route,
+            adapted,
+            upstream=self._upstream,
+            observers=self._ledger.observers,
+            max_body_bytes=self._limits.max_body_bytes,
+        )
+
+    def _find(self, method: str, path: str) -> tuple[Provider, Route, str]:
+        name, _, rest = path.removeprefix("/").partition("/")
+        provider = self._providers.get(name)
+        route = None if provider is None else provider.route(method, "/" + rest)
+        if provider is None or route is None:
+            raise UnknownRoute("There is no such route on this gateway.")
+        return provider, route, "/" + rest
