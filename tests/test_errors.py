@@ -64,6 +64,12 @@ STATUSES = {
     "RecordingFailed": 503,
     "UpstreamError": 502,
     "UpstreamTimeout": 504,
+    "TooManyRequests": 429,
+    "Overloaded": 503,
+    "Unreachable": 502,
+    "ConnectTimeout": 504,
+    "Unsendable": 502,
+    "BreakerOpen": 503,
 }
 
 

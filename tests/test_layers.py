@@ -33,6 +33,7 @@ LAYERS = [
     ["aibridge.generation"],
     # the shell: moves bytes, owns clocks and sockets
     ["aibridge.metrics", "aibridge.passthrough", "aibridge.relay"],
+    ["aibridge.calling"],
     ["aibridge.sidecalls"],
     ["aibridge.injection", "aibridge.ledger"],
     ["aibridge.recording"],
@@ -68,7 +69,8 @@ LAYERS = [
     ["aibridge.wire.turns"],
     ["aibridge.wire.coding", "aibridge.wire.splicing", "aibridge.wire.sse"],
     ["aibridge.wire.reading"],
-    ["aibridge.errors", "aibridge.limits", "aibridge.tools"],
+    ["aibridge.breakers", "aibridge.limits", "aibridge.retries"],
+    ["aibridge.errors", "aibridge.tools"],
 ]
 
 DEPTH = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
@@ -82,11 +84,13 @@ PURE = {
     "collections.abc",
     "contextlib",
     "dataclasses",
+    "email.utils",  # for dates, which it reads without a clock
     "functools",
     "hashlib",
     "datetime",  # as a type: see below
     "importlib",  # for zstd, which is not in the same place in all versions of Python
     "json",
+    "math",
     "msgspec",
     "re",
     "sys",  # for its version

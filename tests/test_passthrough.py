@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from aibridge import MemoryRecorder, Provider, RequestBridge, as_actor
-from aibridge.events import Event, PassedThrough
+from aibridge.events import CallAnswered, CallBegan, CallEnded, Event, PassedThrough
 from aibridge.httpclient import HttpUpstream
 from aibridge.limits import Limits
 from tests.serving import ALICE, Call, Fields, call, scope, serving, settings
@@ -33,6 +33,11 @@ class Stage:
             Provider.openai(base_url=provider.url + "/v1"),
         ]
         self.bridge = RequestBridge(providers, self.recorder, observers=[self.events.append], **options)
+
+    @property
+    def answers(self) -> list[PassedThrough]:
+        """What is counted."""
+        return [event for event in self.events if isinstance(event, PassedThrough)]
 
     def begin(self, method: str, path: str, headers: Fields = (), *pieces: bytes) -> Call:
         return Call(self.bridge, as_actor(scope(method, path, headers), ALICE), pieces)
@@ -214,7 +219,7 @@ async def test_no_answer_in_time() -> None:
         stage.provider.reply(Reply(before=[STALL]))
         answer = await stage.call("POST", COUNT, [], b"{}")
         assert answer.status == 504 and answer.json()["error"]["type"] == "timeout_error"
-        assert not stage.events
+        assert not stage.answers
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
@@ -236,7 +241,7 @@ async def test_the_client_leaves_before_the_answer(stage: Stage, body: bytes) ->
     leaving.leave()
     await leaving.over()
     await exchange.client_gone.wait()
-    assert not leaving.sent and not stage.events
+    assert not leaving.sent and not stage.answers
 
 
 async def test_the_client_leaves_within_the_answer(stage: Stage) -> None:
@@ -265,7 +270,7 @@ async def test_an_upload_over_the_limit(declared: bool) -> None:
         framing = (b"content-length", b"101") if declared else (b"transfer-encoding", b"chunked")
         answer = await stage.call("POST", COUNT, [framing], bytes(60), bytes(41))
         assert answer.status == 413 and answer.json()["error"]["type"] == "request_too_large"
-        assert not stage.provider.requests and not stage.events
+        assert not stage.provider.requests and not stage.answers
 
 
 async def test_an_upload_over_the_limit_after_an_early_answer() -> None:
@@ -317,12 +322,32 @@ async def test_every_answer_is_counted(stage: Stage) -> None:
     await stage.call("GET", "/anthropic/v1/models/b")
     await stage.call("POST", COUNT, [], b"{}")
     await stage.call("DELETE", "/openai/v1/responses/resp_1")
-    assert stage.events == [
+    assert stage.answers == [
         PassedThrough("anthropic", "/v1/models/{id}", "GET", 200),
         PassedThrough("anthropic", "/v1/models/{id}", "GET", 404),
         PassedThrough("anthropic", "/v1/messages/count_tokens", "POST", 529),
         PassedThrough("openai", "/v1/responses/*", "DELETE", 200),
     ]
+
+
+async def test_the_call_is_told_from_beginning_to_end(stage: Stage) -> None:
+    """A client may have put a key into its query, which nobody needs to know."""
+    stage.provider.reply(Reply(404))
+    await stage.call("GET", "/anthropic/v1/models/a", query=b"key=sk-1")
+    began, answered, passed, ended = stage.events
+    url = f"{stage.provider.url}/v1/models/a"
+    assert began == CallBegan("", "anthropic", "/v1/models/{id}", None, url, hop=1, attempt=1)
+    assert isinstance(answered, CallAnswered) and (answered.http_status, answered.error) == (404, None)
+    assert isinstance(passed, PassedThrough) and ended == CallEnded("", "anthropic")
+
+
+async def test_a_call_without_an_answer_is_told_to_its_end(stage: Stage) -> None:
+    stage.provider.reply(Reply(before=[CUT]))
+    assert (await stage.call("GET", "/anthropic/v1/models/a")).status == 502
+    began, answered, ended = stage.events
+    assert isinstance(began, CallBegan) and isinstance(ended, CallEnded)
+    assert isinstance(answered, CallAnswered) and answered.http_status is None
+    assert answered.error == "The provider could not be reached: it closed the connection."
 
 
 def identified(app: Any) -> Any:

@@ -172,5 +172,5 @@ async def test_observers_need_not_know_which_it_is(subject: Subject) -> None:
     events: list[Event] = []
     await carried_through(Entry(Ledger(subject.recorder, [events.append]), start(), RequestFacts(prompt="?")), ANSWERED)
     assert [type(event).__name__ for event in events] == [
-        *("Interception", "PromptUsage", "TokenUsage", "ToolUsage", "ModelThought", "InterceptionEnded")
+        *("Interception", "PromptUsage", "TokenUsage", "ToolUsage", "ModelThought", "InterceptionEnded", "Committed")
     ]

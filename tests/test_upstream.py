@@ -19,7 +19,7 @@ from typing import Protocol
 
 import pytest
 
-from aibridge.errors import UpstreamError, UpstreamTimeout
+from aibridge.errors import ConnectTimeout, Unreachable, Unsendable, UpstreamError, UpstreamTimeout
 from aibridge.httpclient import HttpUpstream
 from aibridge.upstream import (
     Body,
@@ -120,7 +120,7 @@ async def ask(upstream: Upstream, request: UpstreamRequest) -> tuple[ResponseHea
 
 
 async def fails(upstream: Upstream, request: UpstreamRequest, kind: type[UpstreamError] = UpstreamError) -> UpstreamError:
-    """The error of a request that gets no response."""
+    """The error of a request that gets no response. Its kind says whether it may be sent again, and whose fault it was."""
     with pytest.raises(kind) as caught:
         await ask(upstream, request)
     assert type(caught.value) is kind, "a timeout is one, and nothing else is"
@@ -219,7 +219,7 @@ async def test_header_values_in_latin_1_without_a_body(upstream: Upstream, provi
 async def test_header_values_that_would_break_the_framing_are_not_sent(
     upstream: Upstream, provider: ScriptedProvider, value: bytes
 ) -> None:
-    await fails(upstream, to(provider, headers=[(b"x-a", value)]))
+    await fails(upstream, to(provider, headers=[(b"x-a", value)]), Unsendable)
     assert not provider.requests
 
 
@@ -279,7 +279,7 @@ async def test_a_streamed_body_that_breaks_off_is_an_error_and_no_request(
         yield b"one"
         raise ConnectionError("the client has gone")
 
-    await fails(upstream, to(provider, body=body()))
+    await fails(upstream, to(provider, body=body()), Unsendable)
     assert not provider.requests, "a body without its end must not look like a whole one"
 
 
@@ -542,24 +542,24 @@ async def test_a_request_is_sent_once(upstream: Upstream, provider: ScriptedProv
 async def test_nobody_listens(upstream: Upstream) -> None:
     async with ScriptedProvider() as provider:
         gone = provider.url
-    error = await fails(upstream, to(gone))
+    error = await fails(upstream, to(gone), Unreachable)
     assert error.status == 502 and "refused" in error.message.lower()
 
 
 async def test_a_name_that_does_not_resolve(upstream: Upstream) -> None:
-    error = await fails(upstream, to("http://no-such-host.invalid"))  # RFC 2606
+    error = await fails(upstream, to("http://no-such-host.invalid"), Unreachable)  # RFC 2606
     assert error.status == 502
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:99999", "http://", "ftp://127.0.0.1", "http://[::1"])
 async def test_what_is_no_url(upstream: Upstream, url: str) -> None:
-    await fails(upstream, to(url))
+    await fails(upstream, to(url), Unreachable if url == "http://" else Unsendable)
 
 
 async def test_timeout_of_the_connection(make: Make, silent_tls: str) -> None:
     """A connection is open when TLS is: here the server accepts, and says nothing."""
     async with opened(make(connect_timeout=SOON, idle_timeout=BOUND)) as upstream:
-        error = await fails(upstream, to(silent_tls), UpstreamTimeout)
+        error = await fails(upstream, to(silent_tls), ConnectTimeout)
     assert error.status == 504
 
 
@@ -794,9 +794,9 @@ async def test_tls_with_an_unknown_ca_is_refused(
 ) -> None:
     strangers = Authority.make(tmp_path)
     async with terminating(certificates["own"], provider) as origin:
-        error = await fails(upstream, to(origin))
+        error = await fails(upstream, to(origin), Unreachable)
         assert "certificate" in error.message
-        await fails(upstream, to(origin, ca_file=str(strangers.ca_file)))
+        await fails(upstream, to(origin, ca_file=str(strangers.ca_file)), Unreachable)
     assert not provider.requests
 
 
@@ -804,7 +804,7 @@ async def test_tls_checks_the_name(
     upstream: Upstream, provider: ScriptedProvider, authority: Authority, certificates: dict[str, ssl.SSLContext]
 ) -> None:
     async with terminating(certificates["other"], provider) as origin:
-        error = await fails(upstream, to(origin, ca_file=str(authority.ca_file)))
+        error = await fails(upstream, to(origin, ca_file=str(authority.ca_file)), Unreachable)
     assert "certificate" in error.message and not provider.requests
 
 
@@ -814,7 +814,7 @@ async def test_a_ca_is_trusted_for_its_own_provider_only(
     provider.handle(lambda _: Reply())
     async with terminating(certificates["own"], provider) as origin:
         await ask(upstream, to(origin, ca_file=str(authority.ca_file)))
-        await fails(upstream, to(origin))
+        await fails(upstream, to(origin), Unreachable)
 
 
 @pytest.mark.parametrize("content", [None, "not a certificate"], ids=["missing", "no PEM"])
@@ -822,7 +822,7 @@ async def test_a_ca_file_that_is_none(upstream: Upstream, tmp_path: Path, conten
     path = tmp_path / "ca.pem"
     if content is not None:
         path.write_text(content)
-    await fails(upstream, to("https://127.0.0.1:9", ca_file=str(path)))
+    await fails(upstream, to("https://127.0.0.1:9", ca_file=str(path)), Unreachable)
 
 
 async def test_plain_http_where_tls_is_expected(upstream: Upstream) -> None:
@@ -831,7 +831,7 @@ async def test_plain_http_where_tls_is_expected(upstream: Upstream) -> None:
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
     async with listening(serve) as origin:
-        await fails(upstream, to(origin.replace("http:", "https:")))
+        await fails(upstream, to(origin.replace("http:", "https:")), Unreachable)
 
 
 # ---- proxies ----
@@ -924,14 +924,14 @@ async def test_a_proxy_that_refuses(make: Make, monkeypatch: pytest.MonkeyPatch,
     async with listening(proxy.serve) as origin:
         monkeypatch.setenv("HTTPS_PROXY", origin.replace("http://", "http://user:hunter2@"))
         async with opened(make()) as upstream:
-            error = await fails(upstream, to("https://api.example"))
+            error = await fails(upstream, to("https://api.example"), Unreachable)
     assert str(status) in error.message and "hunter2" not in error.message
 
 
 async def test_a_proxy_that_is_not_there(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTPS_PROXY", "http://user:hunter2@127.0.0.1:9")
     async with opened(make()) as upstream:
-        error = await fails(upstream, to("https://api.example"))
+        error = await fails(upstream, to("https://api.example"), Unreachable)
     assert "hunter2" not in error.message
 
 
@@ -939,7 +939,7 @@ async def test_a_proxy_that_says_nothing(make: Make, monkeypatch: pytest.MonkeyP
     async with listening(never_reads) as origin:
         monkeypatch.setenv("HTTPS_PROXY", origin)
         async with opened(make(connect_timeout=SOON)) as upstream:
-            await fails(upstream, to("https://api.example"), UpstreamTimeout)
+            await fails(upstream, to("https://api.example"), ConnectTimeout)
 
 
 @pytest.mark.parametrize("proxied", [False, True], ids=["direct", "with a proxy"])

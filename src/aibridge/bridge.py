@@ -4,14 +4,15 @@ import asyncio
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from functools import partial
 from types import TracebackType
 from typing import Final, Self
 
 from aibridge.asgi import ClientConnection, Receive, Scope, Send
+from aibridge.breakers import BreakerKey, Breakers, BreakerState
+from aibridge.calling import Dumps, Tracer
 from aibridge.errors import BridgeError, ClientDisconnected, ProviderKind, UpgradeRefused
-from aibridge.events import Observer
-from aibridge.generation import Generation, Lent
+from aibridge.events import BreakerChanged, Observer, notify
+from aibridge.generation import Common, Generation, Lent
 from aibridge.httpclient import HttpUpstream
 from aibridge.identity import Actor, actor_of
 from aibridge.injection import Injection
@@ -31,14 +32,15 @@ class RequestBridge:
     """An ASGI application that serves ``/<provider name>/...``; it mounts into FastAPI, Starlette or any other.
 
     It needs an `Actor` in the scope of each request (`as_actor`) and refuses a request without one. `observers` see every
-    event, `Metrics` is one of them. With an `injection` requests get its tools. `limits` hold for this bridge alone.
+    event, `Metrics` is one of them; so does a `tracer`, which also carries trace context through. With an `injection`
+    requests get its tools. `limits` hold for this bridge alone. `dumps` keep what goes to providers and comes from them.
 
     Run it inside ``async with bridge:`` in a host that does not forward lifespan events to what it mounts (Starlette and
     FastAPI do not). Entering opens the recorder and connects to MCP servers, leaving ends what is under way, and closes
     all connections and the recorder. Raises ValueError when two providers have the same name.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  named, all but two
         self,
         providers: Iterable[Provider],
         recorder: Recorder,
@@ -48,11 +50,13 @@ class RequestBridge:
         injection: Injection | None = None,
         when_unrecordable: WhenUnrecordable = "refuse",
         limits: Limits = _DEFAULT_LIMITS,
+        tracer: Tracer | None = None,
+        dumps: Dumps | None = None,
     ) -> None:
-        self._ledger = Ledger(recorder, observers, when_unrecordable)
+        self._ledger = Ledger(recorder, observers if tracer is None else (*observers, tracer), when_unrecordable)
         self._upstream = HttpUpstream() if upstream is None else upstream
-        self._generation_of = partial(Generation, ledger=self._ledger, upstream=self._upstream)
-        self._current = self._generation_of(providers, injection=injection, limits=limits)
+        self._common = Common(self._ledger, self._upstream, Breakers(self._tell_breaker), tracer, dumps)
+        self._current = Generation(providers, injection=injection, limits=limits, common=self._common)
         self._generations = [self._current]  # and those before it that still have requests
         self._lent = Lent()
         self._changing = asyncio.Lock()
@@ -84,12 +88,16 @@ class RequestBridge:
         A `history` or `toolbox` that both injections have stays open. Raises ValueError when two providers have the same
         name, and what opening the injection raises; then everything stays as it was, as it does when this is cancelled.
         """
-        new = self._generation_of(providers, injection=injection, limits=limits)
+        new = Generation(providers, injection=injection, limits=limits, common=self._common)
         async with self._changing:
             await new.open(self._lent)
             old, self._current = self._current, new
             self._generations.append(new)
+            self._common.breakers.keep(new.guarded)
         old.retire(lambda: self._ledger.carry_out(self._close(old)))
+
+    def _tell_breaker(self, key: BreakerKey, state: BreakerState) -> None:
+        notify(self._ledger.observers, BreakerChanged(*key, state))
 
     async def _close(self, generation: Generation) -> None:
         async with self._changing:

@@ -46,6 +46,7 @@ from aibridge.errors import (
     ClientDisconnected,
     Interrupted,
     RecordingFailed,
+    Unreachable,
     UpstreamError,
     UpstreamTimeout,
     error_body,
@@ -122,7 +123,8 @@ def _ask(request: Request, sent: Request, merger: Merger) -> Generator[Command, 
         head = yield Send(request)
     except UpstreamError as error:
         merger.failure = error
-        yield Record(_NOBODY_KNOWS if isinstance(error, UpstreamTimeout) else ResponseFacts())
+        began = isinstance(error, UpstreamTimeout) and not isinstance(error, Unreachable)
+        yield Record(_NOBODY_KNOWS if began else ResponseFacts())
         return merger, End("failed", merger.status or error.status, error.message)
     except (ClientDisconnected, Interrupted) as event:
         merger.failure = _SHUTDOWN
@@ -199,7 +201,7 @@ def _status_of(event: ClientDisconnected | Interrupted) -> Status:
 def _refuse(request: Request, error: BridgeError) -> Conversation:
     """Answer with an error of our own, before anything was relayed."""
     body = error_body(request.format.kind, error.status, error.message)
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *error.headers]
     yield from _last_words(Respond(error.status, headers), Relay(body))
 
 

@@ -4,6 +4,7 @@ Every refusal of the bridge's own has the provider's error shape, because client
 the provider itself never pass through here: they are relayed as they came.
 """
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar, Final, Literal
 
@@ -65,6 +66,12 @@ class UpgradeRefused(BridgeError):
     status = 426
 
 
+class TooManyRequests(BridgeError):
+    """Whoever is behind the request sends too many, or has too many under way."""
+
+    status = 429
+
+
 class HeadersTooLarge(BridgeError):
     """The request head is over the configured limit."""
 
@@ -73,6 +80,12 @@ class HeadersTooLarge(BridgeError):
 
 class RecordingFailed(BridgeError):
     """The ledger cannot be written, so the request is not served (fail closed)."""
+
+    status = 503
+
+
+class Overloaded(BridgeError):
+    """The bridge has as many requests under way as it is configured to take."""
 
     status = 503
 
@@ -87,6 +100,24 @@ class UpstreamTimeout(UpstreamError):
     """The provider took longer than configured to accept the connection or to send the next byte."""
 
     status = 504
+
+
+class Unreachable(UpstreamError):
+    """There was no connection on which all of the request could be sent: the provider cannot have accepted it."""
+
+
+class ConnectTimeout(Unreachable, UpstreamTimeout):
+    """The connection took longer than configured."""
+
+
+class Unsendable(UpstreamError):
+    """The request cannot be sent as it is, or its body broke off. That says nothing about the provider."""
+
+
+class BreakerOpen(UpstreamError):
+    """The provider has failed before and is given a rest, so it was not asked (`aibridge.breakers`)."""
+
+    status = 503
 
 
 class ClientDisconnected(Exception):
@@ -129,3 +160,8 @@ def error_body(kind: ProviderKind, status: int, message: str) -> bytes:
     if kind == "anthropic":
         return msgspec.json.encode({"type": "error", "error": error})
     return msgspec.json.encode({"error": error | {"param": None, "code": None}})
+
+
+def retry_after_field(seconds: float) -> tuple[bytes, bytes]:
+    """The header field that asks a client to come back in so many seconds: in whole ones, and not at once."""
+    return b"retry-after", b"%d" % max(1, math.ceil(seconds))

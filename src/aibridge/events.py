@@ -10,11 +10,10 @@ from typing import Literal
 
 import msgspec
 
+from aibridge.breakers import BreakerState
 from aibridge.records import Record
 
 logger = logging.getLogger(__name__)
-
-BreakerState = Literal["closed", "half_open", "open"]
 
 RefusalReason = Literal["rate", "actor_concurrency", "concurrency"]
 """Why a request was not let in: its actor sends too many, has too many under way, or all together have."""

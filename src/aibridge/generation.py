@@ -4,9 +4,12 @@ then on; those that have begun end in their own.
 
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from itertools import chain
 
 from aibridge.asgi import ClientConnection
+from aibridge.breakers import Breakers
+from aibridge.calling import Caller, Dumps, Tracer
 from aibridge.errors import HeadersTooLarge, NotAuthenticated, ProviderKind, UnknownRoute
 from aibridge.identity import Actor
 from aibridge.injection import Injection
@@ -44,6 +47,23 @@ class Lent:
                 await part.__aexit__(None, None, None)
 
 
+@dataclass(frozen=True, slots=True)
+class Common:
+    """What all generations of a bridge share: it outlives each of them."""
+
+    ledger: Ledger
+    upstream: Upstream
+    breakers: Breakers
+    tracer: Tracer | None
+    dumps: Dumps | None
+
+    def caller(self, provider: Provider) -> Caller:
+        """What calls a provider."""
+        upstream = self.upstream if self.dumps is None else self.dumps.upstream(provider, self.upstream)
+        is_dumped = upstream is not self.upstream
+        return Caller(provider, upstream, self.ledger.observers, self.breakers, self.tracer, is_dumped)
+
+
 class Generation:
     """Serves the requests that come while its configuration is the current one. Raises ValueError when two providers have
     the same name.
@@ -55,24 +75,21 @@ class Generation:
         *,
         injection: Injection | None,
         limits: Limits,
-        ledger: Ledger,
-        upstream: Upstream,
+        common: Common,
     ) -> None:
-        self._providers: dict[str, Provider] = {}
+        self._callers: dict[str, Caller] = {}
         for provider in providers:
-            if provider.name in self._providers:
+            if provider.name in self._callers:
                 raise ValueError(f"two providers are named {provider.name!r}")
-            self._providers[provider.name] = provider
-        self._ledger = ledger
-        self._upstream = upstream
+            self._callers[provider.name] = common.caller(provider)
         self._injection = injection
         self._limits = limits
         self._interceptors = {
-            f"/{provider.name}{route.pattern}": Interceptor(
-                provider, route, route.format, upstream, ledger, limits.max_body_bytes, injection
+            f"/{name}{route.pattern}": Interceptor(
+                caller.provider, route, route.format, caller, common.ledger, limits.max_body_bytes, injection
             )
-            for provider in self._providers.values()
-            for route in provider.routes
+            for name, caller in self._callers.items()
+            for route in caller.provider.routes
             if route.format is not None
         }
         self._requests = 0  # under way
@@ -80,6 +97,11 @@ class Generation:
         self._lent = AsyncExitStack()
         self.stopping = Stopping()
         """The exchanges under way."""
+
+    @property
+    def guarded(self) -> set[str]:
+        """The names of the providers that have circuit breakers."""
+        return {name for name, caller in self._callers.items() if caller.provider.breaker is not None}
 
     async def open(self, lent: Lent) -> None:
         """Open what the injection needs. Raises what that raises; then nothing stays open."""
@@ -102,8 +124,8 @@ class Generation:
 
     def kind_of(self, path: str) -> ProviderKind:
         """The kind of the provider that a request is for, which says how an error must look to its client."""
-        provider = self._providers.get(path.removeprefix("/").partition("/")[0])
-        return "openai" if provider is None else provider.kind
+        caller = self._callers.get(path.removeprefix("/").partition("/")[0])
+        return "openai" if caller is None else caller.provider.kind
 
     async def serve(self, client: ClientConnection, actor: Actor | None) -> None:
         """Serve one request. Raises `BridgeError` where it is refused, `ClientDisconnected`."""
@@ -127,25 +149,17 @@ class Generation:
             await self._pass_through(client, actor)
 
     async def _pass_through(self, client: ClientConnection, actor: Actor) -> None:
-        provider, route, path = self._find(client.method, client.path)
+        caller, route, path = self._find(client.method, client.path)
         adapted = Adapted(path)
         if self._injection is not None and route.about is not None:
-            history = scope_of(actor, provider, route.about)
+            history = scope_of(actor, caller.provider, route.about)
             adapted = await adapt(self._injection, route.about, history, client, path, self._limits.max_body_bytes)
-        await pass_through(
-            client,
-            provider,
-            route,
-            adapted,
-            upstream=self._upstream,
-            observers=self._ledger.observers,
-            max_body_bytes=self._limits.max_body_bytes,
-        )
+        await pass_through(client, route, adapted, caller=caller, max_body_bytes=self._limits.max_body_bytes)
 
-    def _find(self, method: str, path: str) -> tuple[Provider, Route, str]:
+    def _find(self, method: str, path: str) -> tuple[Caller, Route, str]:
         name, _, rest = path.removeprefix("/").partition("/")
-        provider = self._providers.get(name)
-        route = None if provider is None else provider.route(method, "/" + rest)
-        if provider is None or route is None:
+        caller = self._callers.get(name)
+        route = None if caller is None else caller.provider.route(method, "/" + rest)
+        if caller is None or route is None:
             raise UnknownRoute("There is no such route on this gateway.")
-        return provider, route, "/" + rest
+        return caller, route, "/" + rest

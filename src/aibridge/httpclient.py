@@ -18,8 +18,8 @@ from urllib.request import getproxies, proxy_bypass
 import aiohappyeyeballs
 
 from aibridge.deadlines import Deadlines
-from aibridge.errors import UpstreamError
-from aibridge.httpconnection import UNREACHABLE, Connection, bracketed, declared_length, translated
+from aibridge.errors import Unsendable, UpstreamError
+from aibridge.httpconnection import UNREACHABLE, Connection, bracketed, declared_length, translated, unreachable
 from aibridge.upstream import UpstreamRequest, UpstreamResponse
 
 _NEXT_ADDRESS_SECONDS: Final = 0.25
@@ -67,7 +67,7 @@ class HttpUpstream:
             origin, target = self._place(request.url, request.ca_file)
             head = _request_head(request, origin, target)
         except (ValueError, KeyError) as error:
-            raise UpstreamError(f"{UNREACHABLE}: the request cannot be written as HTTP.") from error
+            raise Unsendable(f"{UNREACHABLE}: the request cannot be written as HTTP.") from error
         connection = self._take_idle(origin)
         if connection is None:
             connection = await self._connect(origin)
@@ -128,7 +128,7 @@ class HttpUpstream:
                 return connection
         except (TimeoutError, OSError, ValueError, UpstreamError) as error:
             connection.abort()
-            raise translated(error, UNREACHABLE) from error
+            raise unreachable(translated(error, UNREACHABLE)) from error
         except asyncio.CancelledError:
             connection.abort()
             raise

@@ -17,7 +17,7 @@ from typing import Final, cast
 
 import httptools
 
-from aibridge.errors import UpstreamError, UpstreamTimeout
+from aibridge.errors import ConnectTimeout, Unreachable, Unsendable, UpstreamError, UpstreamTimeout
 from aibridge.upstream import UpstreamRequest
 from aibridge.wire.base import Headers
 from aibridge.wire.observer import ResponseHead
@@ -25,7 +25,7 @@ from aibridge.wire.observer import ResponseHead
 UNREACHABLE: Final = "The provider could not be reached"
 _BROKEN_OFF: Final = "The provider's response broke off"
 _UNSENT: Final = "The request could not be sent"
-_WRONG_LENGTH: Final = UpstreamError(f"{_UNSENT}: its body is not as long as declared.")
+_WRONG_LENGTH: Final = Unsendable(f"{_UNSENT}: its body is not as long as declared.")
 
 # Providers and the load balancers before them close idle connections after a minute or more; we do so earlier.
 _KEEP_IDLE_SECONDS: Final = 15.0
@@ -282,7 +282,8 @@ class Connection(asyncio.Protocol):
             if self._head is not None:
                 self._expect_news()
         except BaseException as error:  # the body breaks off, whatever the reason: so does the request
-            self._fail(translated(error, _UNSENT))
+            failure = translated(error, _UNSENT)
+            self._fail(failure if isinstance(failure, UpstreamTimeout) else Unsendable(failure.message))
             if not isinstance(error, Exception):
                 raise
 
@@ -322,7 +323,9 @@ class Connection(asyncio.Protocol):
         ends_here = exc is None and response is not None and _ends_with_connection(response.head)
         if ends_here and self._failure is None:
             self._complete()
-        self._fail(translated(exc or ConnectionError(), UNREACHABLE if response is None else _BROKEN_OFF))
+        failure = translated(exc or ConnectionError(), UNREACHABLE if response is None else _BROKEN_OFF)
+        uploading = self._upload is not None and not self._upload.done()
+        self._fail(unreachable(failure) if uploading and response is None else failure)
         self._writable.set()
         if self._upload is not None:
             self._upload.cancel()
@@ -462,6 +465,11 @@ async def _slices(body: bytes) -> AsyncIterator[bytes]:
     view = memoryview(body)
     for start in range(0, len(view), _SLICE):
         yield bytes(view[start : start + _SLICE])
+
+
+def unreachable(failure: UpstreamError) -> Unreachable:
+    """A failure from before all of a request was sent."""
+    return (ConnectTimeout if isinstance(failure, UpstreamTimeout) else Unreachable)(failure.message)
 
 
 def translated(error: BaseException, what: str) -> UpstreamError:

@@ -19,7 +19,7 @@ import uuid_utils
 
 from aibridge.commands import End
 from aibridge.errors import RecordingFailed
-from aibridge.events import HistoryMissed, Observer, RecordLost, notify
+from aibridge.events import Committed, HistoryMissed, Observer, RecordLost, notify
 from aibridge.recording.base import Recorder, RecordsLost
 from aibridge.records import (
     Interception,
@@ -92,13 +92,21 @@ def _interception_of(record: Record) -> str:
 
 
 class Entry:
-    """The ledger's entry for one interception."""
+    """The ledger's entry for one interception. `arrived` is called right before observers are told of its start."""
 
     def __init__(
-        self, ledger: Ledger, interception: Interception, request: RequestFacts, secrets: Sequence[str] = ()
+        self,
+        ledger: Ledger,
+        interception: Interception,
+        request: RequestFacts,
+        secrets: Sequence[str] = (),
+        arrived: Callable[[], None] | None = None,
     ) -> None:
+        self.interception = interception
+        self.attempts = 1
+        """How often the request of the turn under way was sent."""
         self._ledger = ledger
-        self._interception = interception
+        self._arrived = arrived
         self._request = request
         self._secrets = secrets
         self._started = time.monotonic()
@@ -111,21 +119,29 @@ class Entry:
 
     async def start(self) -> None:
         """Record the start. Raises `RecordingFailed` when that cannot be done and the policy is to refuse."""
-        self._unwritten.append(self._interception)
+        self._unwritten.append(self.interception)
         self._hand_over()
         try:
             await self._settle()
         except asyncio.CancelledError:
             _ = self._ledger.carry_out(self._give_up())
             raise
-        notify(self._ledger.observers, self._interception)
+        self._tell_start()
 
     async def _give_up(self) -> None:
         """Nobody waits for the start any more, but it will be recorded: then it must have an end."""
         with suppress(RecordingFailed):
             await self._settle()
-            notify(self._ledger.observers, self._interception)
+            self._tell_start()
             await self.end(End("interrupted"))
+
+    def _tell_start(self) -> None:
+        if self._arrived is not None:
+            try:
+                self._arrived()
+            except Exception:
+                logger.exception("an observer failed")
+        notify(self._ledger.observers, self.interception)
 
     def first_byte(self) -> None:
         """The provider's first body byte has come."""
@@ -135,7 +151,7 @@ class Entry:
     def record(self, facts: ResponseFacts) -> None:
         """Record what one upstream response said, and with the first what the user had asked."""
         about: dict[str, Any] = {
-            "interception_id": self._interception.id,
+            "interception_id": self.interception.id,
             "created_at": datetime.now(UTC),
             "provider_response_id": facts.response_id,
         }
@@ -148,8 +164,8 @@ class Entry:
                 metadata["model"] = facts.model
             if facts.stop_reason:
                 metadata["stop_reason"] = facts.stop_reason
-            if facts.notes:
-                metadata["notes"] = facts.notes
+            if facts.notes or self.attempts > 1:
+                metadata["notes"] = (*facts.notes, *self._tries())
             if facts.usage.raw is not None:
                 metadata["usage"] = msgspec.Raw(_unicode(facts.usage.raw))
             self._put(
@@ -187,7 +203,7 @@ class Entry:
         self._put(
             ToolUsage(
                 id=new_id(),
-                interception_id=self._interception.id,
+                interception_id=self.interception.id,
                 created_at=datetime.now(UTC),
                 provider_response_id=response_id,
                 tool=call.tool.tool,
@@ -195,14 +211,14 @@ class Entry:
                 tool_call_id=call.id,
                 server_url=call.tool.server_url,
                 injected=True,
-                invocation_error=self._without_secrets(outcome.error),
+                invocation_error=None if outcome.error is None else self._without_secrets(outcome.error),
                 metadata={"server": call.tool.server, "duration_ms": duration_ms},
             )
         )
 
     def history_missed(self, lost: int, unknown: int) -> None:
         """Tell that something could not be put back into the request."""
-        notify(self._ledger.observers, HistoryMissed(self._interception.id, lost, unknown))
+        notify(self._ledger.observers, HistoryMissed(self.interception.id, lost, unknown))
 
     async def end(self, end: End) -> None:
         """Record how the interception ended and wait until every record of it is durable.
@@ -211,7 +227,10 @@ class Entry:
         """
         self._put_end(end)
         self._hand_over()
+        started = time.monotonic()
         await self._settle()
+        if not self._lost:
+            notify(self._ledger.observers, Committed(self.interception.id, time.monotonic() - started))
 
     def abandon(self) -> None:
         """Whoever was to end the interception has failed: it must not stay open. Does not wait, and not end it twice."""
@@ -225,14 +244,18 @@ class Entry:
         waited = None if self._first_byte is None else round((self._first_byte - self._started) * 1000, 3)
         self._put(
             InterceptionEnded(
-                interception_id=self._interception.id,
+                interception_id=self.interception.id,
                 ended_at=datetime.now(UTC),
                 status=end.status,
                 http_status=end.http_status,
-                error=self._without_secrets(end.error),
+                error=None if end.error is None else " ".join((self._without_secrets(end.error), *self._tries())),
                 time_to_first_byte_ms=waited,
             )
         )
+
+    def _tries(self) -> tuple[str, ...]:
+        """That the request had to be sent more than once."""
+        return (f"({self.attempts} attempts)",) if self.attempts > 1 else ()
 
     def _put(self, record: Record) -> None:
         if not self._unwritten:  # what comes with it, and mostly that is all there is, is handed over with it
@@ -287,15 +310,15 @@ class Entry:
             # A foreign error may quote what it could not store.
             said = str(reason) if isinstance(reason, str | RecordingFailed) else type(reason).__name__
             name = type(records[index]).__name__
-            logger.error("record lost: %s of interception %s: %s", name, self._interception.id, said)
+            logger.error("record lost: %s of interception %s: %s", name, self.interception.id, said)
             self._lost = True
             self._ledger.lose(records[index])
 
-    def _without_secrets(self, error: str | None) -> str | None:
+    def _without_secrets(self, error: str) -> str:
         """Providers quote credentials in their errors; ours must not be among them."""
         for secret in filter(None, self._secrets):
-            error = error and error.replace(secret, "[credential]")
-        return error and error[:_MAX_ERROR]
+            error = error.replace(secret, "[credential]")
+        return error[:_MAX_ERROR]
 
 
 _MAX_ERROR: Final = 2000

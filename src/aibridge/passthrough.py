@@ -3,20 +3,21 @@
 Without injected tools nothing is (`aibridge.sidecalls`).
 """
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from functools import partial
 
 from msgspec import structs
 
 from aibridge.asgi import ClientConnection
+from aibridge.calling import Caller, Purpose
 from aibridge.errors import BridgeError, ClientDisconnected, UpstreamError
-from aibridge.events import Observer, PassedThrough, notify
+from aibridge.events import PassedThrough, notify
 from aibridge.headers import to_client, to_upstream, without
 from aibridge.interruptible import Interruptible
-from aibridge.providers import Provider, Route
+from aibridge.providers import Route
 from aibridge.sidecalls import Adapted
-from aibridge.upstream import Body, Upstream, UpstreamRequest, UpstreamResponse
+from aibridge.upstream import Body, UpstreamRequest, UpstreamResponse
 from aibridge.wire.base import Headers
 from aibridge.wire.coding import CodingError, decode
 from aibridge.wire.observer import MAX_BODY_BYTES
@@ -25,12 +26,10 @@ from aibridge.wire.reading import Unreadable
 
 async def pass_through(
     client: ClientConnection,
-    provider: Provider,
     route: Route,
     adapted: Adapted,
     *,
-    upstream: Upstream,
-    observers: Sequence[Observer],
+    caller: Caller,
     max_body_bytes: int,
 ) -> None:
     """Serve one request. Raises `BridgeError` where nothing was sent yet. When the client goes, the provider is told."""
@@ -50,16 +49,19 @@ async def pass_through(
         body = upload()
     else:
         watch()
-    headers = _headers(client, provider, adapted, streamed=not isinstance(body, bytes))
-    request = UpstreamRequest(client.method, provider.url(adapted.path, client.query), headers, body, provider.ca_file)
-    response = None
+    provider, purpose, call = caller.provider, Purpose(route.pattern), None
+    headers = to_upstream(client.headers, provider.kind, provider.api_key)
+    fields = _fields(client, headers.fields, adapted, streamed=not isinstance(body, bytes))
+    url = provider.url(adapted.path, client.query)
+    request = UpstreamRequest(client.method, url, fields, body, provider.ca_file, headers.secrets)
     try:
         for path in adapted.also:
-            response = await waits.wait(upstream.send(structs.replace(request, url=provider.url(path, client.query))))
-            response.close()
-        response = await waits.wait(upstream.send(request))
-        notify(observers, PassedThrough(provider.name, route.pattern, client.method, response.head.status))
-        await _relay(client, response, adapted, waits)
+            also = structs.replace(request, url=provider.url(path, client.query))
+            call = await waits.wait(caller.call(also, purpose))
+            call.close()
+        call = await waits.wait(caller.call(request, purpose))
+        notify(caller.observers, PassedThrough(provider.name, route.pattern, client.method, call.response.head.status))
+        await _relay(client, call.response, adapted, waits)
     except UpstreamError:
         if client.started:
             return  # leaving the response unfinished makes the server break the connection off
@@ -70,17 +72,17 @@ async def pass_through(
     finally:
         for forget in watches:
             forget()
-        if response is not None:
-            response.close()
+        if call is not None:
+            call.close()
 
 
-def _headers(client: ClientConnection, provider: Provider, adapted: Adapted, *, streamed: bool) -> Headers:
-    headers: Headers = to_upstream(client.headers, provider.kind, provider.api_key).fields
+def _fields(client: ClientConnection, fields: Headers, adapted: Adapted, *, streamed: bool) -> Headers:
+    """The header fields for the provider."""
     if adapted.decoded:
-        headers = without(headers, b"content-encoding")
+        fields = without(fields, b"content-encoding")
     if adapted.edit is not None:
-        headers = [*without(headers, b"accept-encoding"), (b"accept-encoding", b"identity")]
-    return [*headers, *_declared_length(client)] if streamed else headers
+        fields = [*without(fields, b"accept-encoding"), (b"accept-encoding", b"identity")]
+    return [*fields, *_declared_length(client)] if streamed else fields
 
 
 async def _relay(client: ClientConnection, response: UpstreamResponse, adapted: Adapted, waits: Interruptible) -> None:

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 from urllib.parse import unquote, urlsplit
 
+from aibridge.breakers import BreakerRules
 from aibridge.errors import ProviderKind
+from aibridge.retries import RetryRules
 from aibridge.wire import CHAT, MESSAGES, RESPONSES, WireFormat
 
 OnDisconnect = Literal["cancel", "drain"]
@@ -21,6 +23,7 @@ RESERVED_NAMES: Final = frozenset({"api", "healthz", "metrics", "readyz", "ui"})
 """First path segments of the server's own routes."""
 
 _DOTS: Final = frozenset({".", ".."})
+_NO_RETRIES: Final = RetryRules()
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +123,8 @@ class Provider:
     `base_url` is what a client's own base URL would be: for `openai` it includes ``/v1``. Without an `api_key` the client's
     credential goes upstream. `ca_file` is a PEM file with certificates to trust beside the system's. `ask_for_usage`: add
     ``stream_options.include_usage`` to streamed Chat requests, for the ledger; some old servers refuse the option.
-    `drain_seconds` bounds how long a response is read on for after the client has gone.
+    `drain_seconds` bounds how long a response is read on for after the client has gone. `breaker` says when the provider is
+    given a rest, `retries` when a request is sent again: never, by default.
 
     Raises ValueError for a name or URL that cannot be.
     """
@@ -133,6 +137,8 @@ class Provider:
     drain_seconds: float = 300.0
     ask_for_usage: bool = True
     ca_file: str | None = None
+    breaker: BreakerRules | None = None
+    retries: RetryRules = _NO_RETRIES
 
     def __post_init__(self) -> None:
         check_name(self.name)

@@ -14,7 +14,10 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Final
 
+from msgspec import structs
+
 from aibridge.asgi import ClientConnection, Direct
+from aibridge.calling import Caller, ProviderCall, Purpose
 from aibridge.clients import identify
 from aibridge.commands import (
     Abort,
@@ -41,9 +44,9 @@ from aibridge.ledger import Entry, Ledger, new_id
 from aibridge.providers import Provider, Route
 from aibridge.records import Interception
 from aibridge.tools import Call
-from aibridge.upstream import Upstream, UpstreamRequest, UpstreamResponse
+from aibridge.upstream import UpstreamRequest, UpstreamResponse
 from aibridge.wire import Request, WireFormat
-from aibridge.wire.base import Headers, RequestFacts
+from aibridge.wire.base import RequestFacts, ResponseFacts
 from aibridge.wire.observer import ResponseHead
 
 logger = logging.getLogger(__name__)
@@ -56,7 +59,7 @@ class Interceptor:
     provider: Provider
     route: Route
     format: WireFormat
-    upstream: Upstream
+    caller: Caller
     ledger: Ledger
     max_body_bytes: int
     injection: Injection | None = None
@@ -79,19 +82,23 @@ class Interceptor:
             request = self.format.asking_for_usage(request)
         headers = to_upstream(client.headers, self.provider.kind, self.provider.api_key)
         interception = self._interception(client, actor, request.facts, headers, prepared.notes)
-        entry = Entry(self.ledger, interception, request.facts, headers.secrets)
+        tracer = self.caller.tracer
+        arrived = None if tracer is None else partial(tracer.arrived, interception.id, client.headers)
+        entry = Entry(self.ledger, interception, request.facts, headers.secrets, arrived)
         await entry.start()
         if prepared.lost or prepared.unknown:
             entry.history_missed(prepared.lost, prepared.unknown)
         fields = headers.fields if request.coding == sent.coding else without(headers.fields, b"content-encoding")
-        return _Exchange(self, client, entry, fields, scope), converse(request, prepared.loop)
+        exchange = _Exchange(self, client, entry, structs.replace(headers, fields=fields), scope)
+        return exchange, converse(request, prepared.loop)
 
-    def upstream_request(self, client: ClientConnection, fields: Headers, request: Request) -> UpstreamRequest:
+    def upstream_request(self, client: ClientConnection, headers: UpstreamHeaders, request: Request) -> UpstreamRequest:
         """What goes to the provider for a request of the conversation."""
+        fields = headers.fields
         if request.edits_response:  # so it has to be readable
             fields = [*without(fields, b"accept-encoding"), (b"accept-encoding", b"identity")]
         url = self.provider.url(self.route.pattern, client.query)
-        return UpstreamRequest(client.method, url, fields, request.body, self.provider.ca_file)
+        return UpstreamRequest(client.method, url, fields, request.body, self.provider.ca_file, headers.secrets)
 
     def _interception(
         self,
@@ -128,20 +135,21 @@ class _Exchange:
     """Carries out the commands of one conversation."""
 
     def __init__(
-        self, interceptor: Interceptor, client: ClientConnection, entry: Entry, fields: Headers, scope: str
+        self, interceptor: Interceptor, client: ClientConnection, entry: Entry, headers: UpstreamHeaders, scope: str
     ) -> None:
         self._interceptor = interceptor
         self._client = client
         self._entry = entry
-        self._fields = fields
+        self._headers = headers
         self._scope = scope
         self._started = time.monotonic()
-        self._response: UpstreamResponse | None = None
+        self._call: ProviderCall | None = None
+        self._hop = 0
         self._write = client.relay
         self._keep_alive: KeepAlive | None = None
         self._waits = Interruptible()
         self._listening = True
-        self._reading = True  # from the provider, and not calling tools
+        self._reading = True  # from the provider: not calling tools, nor waiting to ask it again
         self._aborted = False
         self._heard = False  # from the provider
         self._patience: asyncio.TimerHandle | None = None  # with a provider that nobody listens to
@@ -173,8 +181,8 @@ class _Exchange:
             if self._patience is not None:
                 self._patience.cancel()
             self._keep_alive_with(b"")
-            if self._response is not None:
-                self._response.close()
+            if self._call is not None:
+                self._call.close()
             stopping.remove(self._waits)
 
     async def _flow(self, conversation: Conversation, client: Direct) -> Command | None:
@@ -183,7 +191,7 @@ class _Exchange:
         The conversation is stepped as bytes come, in the callback that brings them. To wake this task for each event of a
         stream would cost half as much as all the rest (docs/performance.md).
         """
-        assert self._response is not None  # noqa: S101  Send comes before Receive
+        assert self._call is not None  # noqa: S101  Send comes before Receive
         command: Command | None = _RECEIVE
         step = conversation.send
 
@@ -204,7 +212,7 @@ class _Exchange:
             return behind or type(command) is not Receive
 
         try:
-            if await self._wait(self._response.flow(take)):
+            if await self._wait(self._call.response.flow(take)):
                 return _step(conversation.send, b"")
             if type(command) is Receive:
                 await self._wait(client.caught_up())
@@ -217,8 +225,8 @@ class _Exchange:
     async def _carry_out(self, command: Command) -> Any:  # noqa: PLR0911  a case for each command
         match command:
             case Receive():
-                assert self._response is not None  # noqa: S101  Send comes before Receive
-                chunk = await self._wait(self._response.read())
+                assert self._call is not None  # noqa: S101  Send comes before Receive
+                chunk = await self._wait(self._call.response.read())
                 if chunk and not self._heard:
                     self._heard = True
                     self._entry.first_byte()
@@ -233,7 +241,7 @@ class _Exchange:
                 self._keep_alive_with(command.keep_alive)
                 return await self._wait(self._client.respond(status, to_client(headers)))
             case Record(facts):
-                return self._entry.record(facts)
+                return self._record(facts)
             case CallTools(response_id, calls):
                 return await self._wait(self._call_tools(response_id, calls))
             case Remember(memory, toolset):
@@ -256,6 +264,11 @@ class _Exchange:
         elif direct.write(data):
             await self._wait(direct.caught_up())
 
+    def _record(self, facts: ResponseFacts) -> None:
+        self._entry.record(facts)
+        if self._call is not None:
+            self._call.over()
+
     @property
     def _tools(self) -> Injection:
         assert self._interceptor.injection is not None  # noqa: S101  without it nothing was injected
@@ -271,12 +284,25 @@ class _Exchange:
             self._write = self._keep_alive.write
 
     async def _send(self, request: Request) -> ResponseHead:
-        if self._response is not None:  # all was said in it; read to its end, its connection can be used again
-            _ = self._interceptor.ledger.carry_out(_read_out(self._response))
-            self._response = None
-        sent = self._interceptor.upstream_request(self._client, self._fields, request)
-        self._response = await self._wait(self._interceptor.upstream.send(sent))
-        return self._response.head
+        if self._call is not None:  # all was said in it; read to its end, its connection can be used again
+            _ = self._interceptor.ledger.carry_out(_read_out(self._call.response))
+            self._call = None
+        self._hop += 1
+        self._entry.attempts = 1
+        interception = self._entry.interception
+        purpose = Purpose(interception.route, interception.id, interception.model, self._hop)
+        sent = self._interceptor.upstream_request(self._client, self._headers, request)
+        self._call = await self._wait(self._interceptor.caller.call(sent, purpose, self._back_off))
+        return self._call.response.head
+
+    async def _back_off(self, seconds: float) -> None:
+        """Wait before the request is sent again. There is nothing to read on for: nothing was accepted."""
+        if not self._listening:
+            raise ClientDisconnected
+        self._reading = False
+        await asyncio.sleep(seconds)
+        self._reading = True
+        self._entry.attempts += 1
 
     async def _call_tools(self, response_id: str | None, calls: Sequence[Call]) -> Answers:
         if not self._listening:  # a response may be read on for the record, but nothing new is begun

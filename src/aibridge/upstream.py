@@ -23,6 +23,8 @@ class UpstreamRequest(msgspec.Struct, frozen=True):
 
     The `url` goes out as it is encoded; characters beyond ASCII stand for bytes, as in latin-1, and are percent-encoded.
     A streamed `body` is sent with the Content-Length among the headers, or chunked where there is none.
+
+    `secrets` are the credentials in the request, and `call_id` is what it is known by, where somebody keeps a copy of it.
     """
 
     method: str
@@ -30,6 +32,8 @@ class UpstreamRequest(msgspec.Struct, frozen=True):
     headers: Headers
     body: Body = b""
     ca_file: str | None = None
+    secrets: tuple[str, ...] = ()
+    call_id: str = ""
 
 
 class UpstreamResponse(Protocol):
@@ -60,7 +64,8 @@ class Upstream(Protocol):
     async def send(self, request: UpstreamRequest) -> UpstreamResponse:
         """Send a request and wait for the response's head.
 
-        Raises `UpstreamError` when there is none, `UpstreamTimeout` when it takes too long, nothing else. Never retries,
+        Raises `UpstreamError` when there is none, `UpstreamTimeout` when it takes too long, `Unreachable` when the provider
+        cannot have got all of the request, `Unsendable` when that is not the provider's fault; nothing else. Never retries,
         never follows a redirect.
         """
 
