@@ -32,7 +32,8 @@ LAYERS = [
     ["aibridge.bridge"],
     ["aibridge.generation"],
     # the shell: moves bytes, owns clocks and sockets
-    ["aibridge.metrics", "aibridge.passthrough", "aibridge.relay"],
+    ["aibridge.logs", "aibridge.metrics", "aibridge.passthrough", "aibridge.relay"],
+    ["aibridge.loglines", "aibridge.logwriter"],
     ["aibridge.calling"],
     ["aibridge.sidecalls"],
     ["aibridge.injection", "aibridge.ledger"],

@@ -41,7 +41,6 @@ def serve(config: Path | None, host: str | None, port: int | None, workers: int 
     settings = _load(config, host=host, port=port, workers=workers)
     from aibridge import server, supervisor  # noqa: PLC0415  the other commands do not need a server
 
-    server.log_to_stderr()
     run = server.serve if settings.server.workers == 1 else supervisor.serve
     run(settings)
 

@@ -36,6 +36,7 @@ from pydantic_settings import (
 from aibridge.errors import ProviderKind
 from aibridge.ledger import WhenUnrecordable
 from aibridge.limits import MAX_BODY_BYTES, MAX_HEADER_BYTES, Limits
+from aibridge.loglines import LogFormat, LogLevel
 from aibridge.mcp.settings import McpServer, check_name as check_server_name
 from aibridge.providers import OnDisconnect, Provider, check_base_url, check_name
 from aibridge.wire.turns import UsagePolicy
@@ -128,6 +129,14 @@ class ServerSettings(_Section):
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+
+class LogSettings(_Section):
+    """``[log]``"""
+
+    format: LogFormat = Field(default="console", description="of the lines on standard error: for people, or for programs")
+    level: LogLevel = Field(default="info", description="the least level of lines that are written")
+    interceptions: bool = Field(default=True, description="a line when a request starts and one when it has ended")
 
 
 class DatabaseSettings(_Section):
@@ -314,6 +323,7 @@ class Settings(BaseSettings):
     )
 
     server: ServerSettings = ServerSettings()
+    log: LogSettings = LogSettings()
     database: DatabaseSettings = DatabaseSettings()
     identity: IdentitySettings = IdentitySettings()
     limits: LimitSettings = LimitSettings()

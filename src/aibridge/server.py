@@ -27,12 +27,14 @@ from aibridge.asgi import App, ClientConnection, Receive, Scope, Send
 from aibridge.bridge import RequestBridge
 from aibridge.config import Settings
 from aibridge.errors import BridgeError
+from aibridge.events import Observer
 from aibridge.guard import LoopbackGuard
 from aibridge.httpclient import HttpUpstream
 from aibridge.httpconnection import bracketed
 from aibridge.httpserver import HttpServer, bound
 from aibridge.identity import Actor, Authenticator, LocalUser, TrustedProxy
 from aibridge.injection import Injection
+from aibridge.logs import logging_to_stderr
 from aibridge.metrics import Metrics
 from aibridge.recording import Recorder, SqliteApprovals, SqliteHistory, SqliteRecorder
 from aibridge.upstream import Upstream
@@ -44,8 +46,6 @@ CANNOT_START: Final = 3
 
 _OPEN_FILES: Final = 65_536
 _GARBAGE_THRESHOLD: Final = 20_000
-# Beside what we say ourselves they tell of each request to an MCP server, its session, and what it has answered wrong.
-_QUIET: Final = {"alembic": logging.WARNING, "httpx2": logging.WARNING, "mcp": logging.CRITICAL}
 
 
 class Server:
@@ -60,6 +60,7 @@ class Server:
         *,
         recorder: Recorder | None = None,
         upstream: Upstream | None = None,
+        observers: Sequence[Observer] = (),
         scraped: CollectorRegistry | None = None,
     ) -> None:
         self._registry = CollectorRegistry()
@@ -71,7 +72,7 @@ class Server:
         self._bridge = RequestBridge(
             settings.enabled_providers(),
             self._recorder,
-            observers=(Metrics(self._registry, namespace="aibridge"),),
+            observers=(Metrics(self._registry, namespace="aibridge"), *observers),
             upstream=upstream_of(settings) if upstream is None else upstream,
             injection=injection_of(settings),
             when_unrecordable=settings.database.when_unavailable,
@@ -201,20 +202,22 @@ def serve(settings: Settings) -> None:
     """
     raise_open_file_limit()
     disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each one, which nobody reads
-    listeners = bound_or_exit(settings)
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            stop = runner.run(_serve(settings, listeners))
-    except CannotStart as error:
-        logger.error("the gateway cannot start", exc_info=error.__cause__)  # noqa: TRY400  ours adds nothing
-        raise SystemExit(CANNOT_START) from None
+    with logging_to_stderr(**settings.log.model_dump()) as log:
+        listeners = bound_or_exit(settings)
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                stop = runner.run(_serve(settings, listeners, log))
+        except CannotStart as error:
+            logger.error("the gateway cannot start", exc_info=error.__cause__)  # noqa: TRY400  ours adds nothing
+            raise SystemExit(CANNOT_START) from None
     end_by(stop)
 
 
-async def _serve(settings: Settings, listeners: Sequence[socket.socket]) -> signal.Signals | None:
+async def _serve(settings: Settings, listeners: Sequence[socket.socket], log: Observer) -> signal.Signals | None:
     orders = Orders()
     orders.obey_signals()
-    await run(Server(settings), settings, listeners, orders, lambda: logger.info("listening on %s", urls(listeners)))
+    server = Server(settings, observers=[log])
+    await run(server, settings, listeners, orders, lambda: logger.info("listening on %s", urls(listeners)))
     return orders.signal
 
 
@@ -284,13 +287,6 @@ def end_by(stop: signal.Signals | None) -> None:
     if stop is not None:
         signal.signal(stop, signal.SIG_DFL)
         signal.raise_signal(stop)
-
-
-def log_to_stderr(who: str = "") -> None:
-    """Set up the log of this process, which stands in each line as `who`."""
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(levelname)s %(name)s{who and f' [{who}]'}: %(message)s")
-    for library, level in _QUIET.items():
-        logging.getLogger(library).setLevel(level)
 
 
 def _collect_garbage_seldom() -> None:

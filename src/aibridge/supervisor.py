@@ -30,6 +30,7 @@ from typing import Any, Final
 
 from aibridge.config import Settings
 from aibridge.httpserver import shared
+from aibridge.logs import logging_to_stderr
 from aibridge.multiprocess import forget_gauges
 from aibridge.server import CANNOT_START, CannotStart, Orders, bound_or_exit, end_by, raise_open_file_limit, urls
 from aibridge.worker import READY, SIGNALS, Job, Order, work
@@ -49,14 +50,15 @@ def serve(settings: Settings) -> None:
     Raises SystemExit where they cannot start. Ends by the signal that it obeyed, for whoever sent it to see.
     """
     raise_open_file_limit()
-    listeners = bound_or_exit(settings)
-    try:
-        groups = _shared(listeners, settings.server.workers)
-        with metrics_directory() as metrics, asyncio.Runner() as runner:
-            stop = runner.run(_serve(settings, groups, metrics))
-    except CannotStart as error:
-        logger.error("the gateway cannot start: %s", error)  # noqa: TRY400  it says it all
-        raise SystemExit(CANNOT_START) from None
+    with logging_to_stderr(**settings.log.model_dump()):
+        listeners = bound_or_exit(settings)
+        try:
+            groups = _shared(listeners, settings.server.workers)
+            with metrics_directory() as metrics, asyncio.Runner() as runner:
+                stop = runner.run(_serve(settings, groups, metrics))
+        except CannotStart as error:
+            logger.error("the gateway cannot start: %s", error)  # noqa: TRY400  it says it all
+            raise SystemExit(CANNOT_START) from None
     end_by(stop)
 
 

@@ -15,8 +15,9 @@ from typing import Final, Literal
 import uvloop
 
 from aibridge.config import Settings
+from aibridge.logs import logging_to_stderr
 from aibridge.multiprocess import count_in_files, registry_of_all
-from aibridge.server import CANNOT_START, CannotStart, Orders, Server, log_to_stderr, run
+from aibridge.server import CANNOT_START, CannotStart, Orders, Server, run
 
 logger = logging.getLogger(__name__)
 
@@ -41,15 +42,15 @@ class Job:
 
 def work(job: Job, supervisor: "Connection[str, Order]") -> None:
     """Serve until the supervisor says to stop, or has gone. Raises SystemExit where that cannot begin."""
-    log_to_stderr(f"worker {job.number}")
     count_in_files(job.metrics, job.number)
-    server = Server(job.settings, scraped=registry_of_all(job.metrics, os.getppid()))
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_work(server, job, supervisor))
-    except CannotStart as error:
-        supervisor.send(f"{type(error.__cause__).__name__}: {error.__cause__}")
-        raise SystemExit(CANNOT_START) from None
+    with logging_to_stderr(**job.settings.log.model_dump(), worker=job.number) as log:
+        server = Server(job.settings, observers=[log], scraped=registry_of_all(job.metrics, os.getppid()))
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(_work(server, job, supervisor))
+        except CannotStart as error:
+            supervisor.send(f"{type(error.__cause__).__name__}: {error.__cause__}")
+            raise SystemExit(CANNOT_START) from None
 
 
 async def _work(server: Server, job: Job, supervisor: "Connection[str, Order]") -> None:

@@ -1,0 +1,142 @@
+"""Lines of the log on their way out, to standard error, which somebody reads, or nobody.
+
+Theory of operation. Standard error is a file, or it leads to a program: a terminal, a container engine, journald. When that
+program does not read, a pipe fills up, and the next write waits for as long; and with it, in most programs, everything else.
+Here the streams of all users would stand still. So we write when there is room, and not otherwise. poll(2) tells: on Linux,
+when a pipe takes ``PIPE_BUF`` bytes. No more than these go into one write, which is also what POSIX keeps in one piece where
+several processes write to one pipe, as workers do. Only a single line that is longer is written whole, and may have to wait.
+
+While there is no room, lines wait in memory, and a thread waits for room. Beyond a bound they are lost; how many, a line
+says as soon as there is room again. No line is lost for a reader that is merely slow, and the end waits for it, too.
+"""
+
+import asyncio
+import os
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+MAX_WAITING: Final = 4 * 1024 * 1024
+"""Bytes of lines that wait for room, about ten thousand lines."""
+
+_LAST_SECONDS: Final = 2.0
+
+
+class LineWriter:
+    """Writes lines to a file descriptor, from any thread, and never waits for a reader.
+
+    `lost` makes the line that says how many lines were lost.
+    """
+
+    def __init__(self, file: int, lost: Callable[[int], bytes], max_waiting: int = MAX_WAITING) -> None:
+        self._file = file
+        self._lost_line = lost
+        self._max_waiting = max_waiting
+        self._room = _room_in(file)
+        # Reentrant: a signal or a destructor may have something to say in the middle of a write.
+        self._lock = threading.RLock()
+        self._lines: deque[bytes] = deque()
+        self._size = 0
+        self._lost = 0
+        self._cut = False  # the first line is the rest of one
+        self._torn = False  # such a rest was lost
+        self._writing = False
+        self._waiter: threading.Thread | None = None
+
+    def write(self, line: bytes) -> None:
+        """Write a line now, behind those that were gathered."""
+        with self._lock:
+            self._keep(line)
+            self.flush()
+
+    def gather(self, line: bytes) -> None:
+        """Write a line with all others that come in this turn of the event loop, when it is over: writing costs more than
+        making them.
+        """
+        with self._lock:
+            first = not self._lines
+            self._keep(line)
+        if first:
+            try:
+                asyncio.get_running_loop().call_soon(self.flush)
+            except RuntimeError:  # there is none
+                self.flush()
+
+    def flush(self) -> None:
+        """Write what there is, as far as there is room."""
+        with self._lock:
+            if self._writing:
+                return
+            self._writing = True
+            try:
+                while self._lines and self._room.poll(0):
+                    self._write_some()
+            finally:
+                self._writing = False
+            if self._lines and self._waiter is None:
+                self._wait_for_room()
+
+    def close(self, seconds: float = _LAST_SECONDS) -> None:
+        """Write what there is, and wait so many seconds for room. What has none then is lost."""
+        end, room = time.monotonic() + seconds, _room_in(self._file)
+        self.flush()
+        while self._lines and (left := end - time.monotonic()) > 0:
+            room.poll(left * 1000)
+            self.flush()
+
+    def _keep(self, line: bytes) -> None:
+        if self._size + len(line) > self._max_waiting:
+            self._lost += 1
+        else:
+            self._lines.append(line)
+            self._size += len(line)
+
+    def _write_some(self) -> None:
+        """Whole lines, behind the rest of one that was not written whole."""
+        lost, report = 0, b""
+        if self._lost and not self._cut:
+            lost, self._lost = self._lost, 0
+            report = (b"\n" if self._torn else b"") + self._lost_line(lost)
+        lines = [self._lines.popleft()]
+        size = len(report) + len(lines[0])
+        while self._lines and size + len(self._lines[0]) <= select.PIPE_BUF:
+            lines.append(self._lines.popleft())
+            size += len(lines[-1])
+        self._size -= size - len(report)
+        try:
+            written = os.write(self._file, report + b"".join(lines))
+        except OSError:  # nobody is there to read any more, or the disk is full
+            self._lost += lost + len(lines)
+            self._cut, self._torn = False, self._torn or self._cut
+            return
+        self._cut, self._torn = written < size, False
+        if self._cut:
+            self._lines.appendleft((report + b"".join(lines))[written:])
+            self._size += size - written
+
+    def _wait_for_room(self) -> None:
+        self._waiter = threading.Thread(target=self._write_with_room, name="log", daemon=True)
+        with suppress(RuntimeError):  # too late for threads, or too many: then whoever writes next tries again
+            self._waiter.start()
+            return
+        self._waiter = None
+
+    def _write_with_room(self) -> None:
+        room = _room_in(self._file)  # a poll object is for one thread
+        while True:
+            room.poll()
+            with self._lock:
+                self.flush()
+                if not self._lines:
+                    self._waiter = None
+                    return
+
+
+def _room_in(file: int) -> select.poll:
+    room = select.poll()
+    room.register(file, select.POLLOUT)
+    return room

@@ -1,0 +1,581 @@
+"""The log: what lines say, in both formats, and that nothing can break one.
+
+Truth: issue 5 ("one line when an interception starts and one when it ends, with ids, actor, model, tokens, timings, outcome;
+nothing secret, no content by default"); RFC 8259 for JSON; the names of fields are ours (docs/operations.md).
+"""
+
+import asyncio
+import json
+import logging
+import os
+import re
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given, strategies as st
+
+from aibridge import logs
+from aibridge.events import BreakerChanged, CallBegan, Committed, Event, PassedThrough, RecordLost, Refused, Retried
+from aibridge.loglines import (
+    MAX_EXCEPTION,
+    MAX_NAME,
+    Console,
+    IncidentLine,
+    InterceptionLine,
+    LogFormat,
+    LogLevel,
+    LogLine,
+    as_json,
+    plain,
+    plain_lines,
+)
+from aibridge.logs import EventLog, Log, logging_to_stderr, set_level
+from aibridge.records import Interception, InterceptionEnded, PromptUsage, TokenUsage, ToolUsage
+
+DOCUMENTATION = Path(__file__).parent.parent / "docs" / "operations.md"
+NOW = datetime(2026, 11, 22, 8, 30, 0, 123_456, tzinfo=UTC)
+FORMATS: list[LogFormat] = ["console", "json"]
+
+
+class Captured:
+    """A log in one format, and what has come out of it."""
+
+    def __init__(self, format: LogFormat = "json", worker: int | None = None) -> None:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._read, False)
+        self.log = Log(format, worker=worker, file=self._write)
+        self._text = b""
+
+    @property
+    def text(self) -> str:
+        while True:
+            try:
+                more = os.read(self._read, 65536)
+            except BlockingIOError:
+                return self._text.decode()
+            self._text += more
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """All of them are JSON, and each ends."""
+        assert self.text.endswith("\n") or not self.text
+        return [json.loads(line) for line in self.text.splitlines()]
+
+    def close(self) -> None:
+        self.log.close()
+        os.close(self._write)
+        os.close(self._read)
+
+
+@pytest.fixture
+def capture() -> Iterator[Callable[..., Captured]]:
+    made: list[Captured] = []
+
+    def make(format: LogFormat = "json", worker: int | None = None) -> Captured:
+        made.append(Captured(format, worker))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """The tests' own logging comes back, whatever was set up."""
+    loggers = [logging.getLogger(name) for name in ("", "aibridge", "aibridge.events", "alembic", "httpx2", "mcp")]
+    levels = [one.level for one in loggers]
+    handlers = logging.getLogger().handlers[:]
+    hooks = sys.excepthook, sys.unraisablehook, threading.excepthook
+    set_level("info")
+    yield
+    logging.captureWarnings(capture=False)
+    sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
+    logging.getLogger().handlers[:] = handlers
+    for one, level in zip(loggers, levels, strict=True):
+        one.setLevel(level)
+
+
+def logged(captured: Captured, name: str = "some.library") -> logging.Logger:
+    """A logger that leads nowhere else."""
+    logger = logging.getLogger(f"test.{name}")
+    logger.propagate = False
+    logger.setLevel(1)
+    logger.handlers[:] = [captured.log]
+    return logger
+
+
+# ---- text from outside ----
+
+HOSTILE = "gpt\n2026-11-22 08:30:00.000 ERROR    aibridge: forged\x1b[2J\x1b]0;title\x07\r\x00\x9b31m\u2028\x85\u202e"
+
+
+@pytest.mark.parametrize("text", ["", "claude-haiku-4-5", "Modèle 模型 🙂", "a b=c"])
+def test_what_can_be_printed_stays(text: str) -> None:
+    assert plain(text) == text
+
+
+def test_what_cannot_is_escaped() -> None:
+    assert plain("a\nb\x1b[0m\x9b\u2028\u202e\ud800") == "a\\nb\\x1b[0m\\x9b\\u2028\\u202e\\ud800"
+
+
+def test_what_is_too_long_is_cut() -> None:
+    assert plain("x" * MAX_NAME) == "x" * MAX_NAME
+    assert plain("x" * (MAX_NAME + 1)) == "x" * (MAX_NAME - 1) + "…"
+    text = plain_lines("first\n" + "middle\n" * 5000 + "last", 1000)
+    assert text.startswith("first\nmiddle") and text.endswith("middle\nlast") and "\n…\n" in text and len(text) < 1010
+
+
+def assert_one_printable_line(line: bytes) -> None:
+    text = line.decode()
+    assert text.endswith("\n") and text[:-1].isprintable(), text
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=[]), max_size=300))
+def test_no_text_breaks_a_line(text: str) -> None:
+    line = InterceptionLine(
+        time=NOW,
+        level="info",
+        logger="x",
+        message="m",
+        interception_id="i",
+        actor=plain(text),
+        provider="p",
+        model=plain(text),
+        route="/r",
+        streaming=True,
+        error=plain(text),
+    )
+    assert_one_printable_line(as_json(line))
+    assert_one_printable_line(Console()(line))
+    assert json.loads(as_json(line))["actor"] == plain(text)
+    assert len(plain(text)) <= 10 * MAX_NAME
+
+
+def test_where_a_field_ends_in_the_console() -> None:
+    """A name cannot make up another field."""
+    line = IncidentLine(
+        time=NOW, level="warning", logger="x", message="m", provider="p", model='a status="b"', actor="", reason="r\\"
+    )
+    shown = Console()(line).decode()
+    assert shown.endswith('WARNING  x: m provider=p model="a status=\\"b\\"" actor="" reason="r\\\\"\n')
+
+
+def test_the_console() -> None:
+    line = LogLine(
+        time=NOW, level="error", logger="aibridge.server", worker=3, message="it failed", exception="Traceback:\n  x"
+    )
+    local = NOW.astimezone().strftime("%Y-%m-%d %H:%M:%S.123")
+    assert Console()(line).decode() == f"{local} ERROR    aibridge.server [worker 3]: it failed\n    Traceback:\n      x\n"
+    assert "\x1b[31mERROR   \x1b[0m aibridge" in Console(colours=True)(line).decode()
+
+
+@pytest.mark.parametrize(
+    ("terminal", "environment", "coloured"),
+    [(False, {}, False), (True, {}, True), (True, {"NO_COLOR": "1"}, False), (True, {"TERM": "dumb"}, False)],
+)
+def test_colours_on_a_terminal_only(
+    terminal: bool, environment: Mapping[str, str], coloured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """no-color.org; a real terminal, as the kernel has it."""
+    for name, value in {"NO_COLOR": "", "TERM": "xterm", **environment}.items():
+        monkeypatch.setenv(name, value)
+    read, write = os.openpty() if terminal else os.pipe()
+    try:
+        log = Log("console", file=write)
+        log.handle(logging.makeLogRecord({"name": "x", "levelno": logging.WARNING, "msg": "hello"}))
+        assert ("\x1b[33m" in os.read(read, 1000).decode()) is coloured
+        log.close()
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+# ---- the standard library's loggers ----
+
+
+def test_a_line_of_a_library(capture: Callable[..., Captured]) -> None:
+    captured = capture(worker=2)
+    logged(captured).warning("%d of %s", 3, "them")
+    (line,) = captured.lines
+    assert datetime.fromisoformat(line.pop("time")).utcoffset() == timedelta(0)
+    assert line == {"level": "warning", "logger": "test.some.library", "worker": 2, "message": "3 of them"}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_line_of_a_library_cannot_be_broken_either(format: LogFormat, capture: Callable[..., Captured]) -> None:
+    captured = capture(format)
+    logged(captured, HOSTILE).error(HOSTILE)
+    assert_one_printable_line(captured.text.encode())
+
+
+def test_an_exception_is_one_line_of_json(capture: Callable[..., Captured]) -> None:
+    captured = capture()
+    try:
+        raise ValueError(HOSTILE)
+    except ValueError:
+        logged(captured).exception("it failed")
+    (line,) = captured.lines
+    assert line["message"] == "it failed" and line["level"] == "error"
+    first, *_, last = line["exception"].split("\n")
+    assert first == "Traceback (most recent call last):" and last.endswith("\\u202e")
+    assert "ValueError: gpt" in line["exception"]
+    assert all(part.isprintable() for part in line["exception"].split("\n"))
+
+
+def test_an_exception_in_the_console_does_not_look_like_lines_of_the_log(capture: Callable[..., Captured]) -> None:
+    captured = capture("console")
+    try:
+        raise ValueError(HOSTILE)
+    except ValueError:
+        logged(captured).exception("it failed")
+    _, *rest = captured.text.splitlines()
+    assert rest and all(line.startswith("    ") for line in rest)
+
+
+def test_a_huge_exception(capture: Callable[..., Captured]) -> None:
+    """moby's copier cuts lines at 16 KB, and what is cut is no JSON."""
+    captured = capture()
+    try:
+        raise ValueError("x" * 10_000_000)
+    except ValueError:
+        logged(captured).exception("y" * 10_000_000)
+    assert MAX_EXCEPTION < len(captured.text) < 16_384
+    assert captured.lines
+
+
+@pytest.mark.parametrize("number", [5, 10, 15, 20, 25, 30, 40, 50, 60])
+def test_levels(number: int, capture: Callable[..., Captured]) -> None:
+    """docs.python.org/3/library/logging, logging levels; those between are rounded down."""
+    captured = capture()
+    logged(captured).log(number, "x")
+    known = {10: "debug", 20: "info", 30: "warning", 40: "error", 50: "critical"}
+    assert captured.lines[0]["level"] == known[min(max(number // 10 * 10, 10), 50)]
+    assert set(known.values()) == set(get_args(LogLevel))
+
+
+def test_arguments_that_do_not_fit(capture: Callable[..., Captured], capfd: pytest.CaptureFixture[str]) -> None:
+    captured = capture()
+    logged(captured).info("%d", "x")
+    assert captured.lines[0]["message"] == "%d (with arguments that do not fit)"
+    assert capfd.readouterr().err == ""
+
+
+def test_where_it_was_logged(capture: Callable[..., Captured]) -> None:
+    captured = capture()
+    logged(captured).info("x", stack_info=True)
+    assert "test_where_it_was_logged" in captured.lines[0]["exception"]
+
+
+# ---- events ----
+
+
+def begun(**given: Any) -> Interception:
+    fields: dict[str, Any] = {
+        "id": "i1",
+        "initiator_id": "alice",
+        "provider": "openai",
+        "provider_name": "vllm",
+        "model": "m-1",
+        "started_at": NOW,
+        "route": "/v1/responses",
+        "streaming": True,
+        "client": "codex",
+        "client_session_id": "s-1",
+        "user_agent": "agent",
+        "credential_hint": "…abcd",
+    }
+    return Interception(**(fields | given))
+
+
+def ended(**given: Any) -> InterceptionEnded:
+    fields: dict[str, Any] = {"interception_id": "i1", "ended_at": NOW + timedelta(seconds=1.5), "status": "completed"}
+    return InterceptionEnded(**(fields | given))
+
+
+def tokens(**counts: Any) -> TokenUsage:
+    return TokenUsage(id="t", interception_id="i1", created_at=NOW, completeness="complete", **counts)
+
+
+def call(hop: int, attempt: int, interception: str = "i1") -> CallBegan:
+    return CallBegan(interception, "vllm", "/v1/responses", "m-1", "http://h/v1/responses", hop, attempt)
+
+
+def tool(*, injected: bool) -> ToolUsage:
+    return ToolUsage(
+        id="u", interception_id="i1", created_at=NOW, tool="secret-tool", input="secret-input", injected=injected
+    )
+
+
+async def told(captured: Captured, *events: Event, interceptions: bool = True) -> list[dict[str, Any]]:
+    """The lines about events, all of which come in one turn of the event loop."""
+    observer = EventLog(captured.log, interceptions=interceptions)
+    for event in events:
+        observer(event)
+    observer.close()
+    assert not observer._open and not observer._ended, "nothing is kept of what has ended"
+    await asyncio.sleep(0)
+    return captured.lines
+
+
+STARTED = {
+    "time": "2026-11-22T08:30:00.123456Z",
+    "level": "info",
+    "logger": "aibridge.events",
+    "message": "interception started",
+    "interception_id": "i1",
+    "actor": "alice",
+    "provider": "vllm",
+    "model": "m-1",
+    "route": "/v1/responses",
+    "streaming": True,
+    "client": "codex",
+    "session": "s-1",
+}
+ENDED = STARTED | {"time": "2026-11-22T08:30:01.623456Z", "message": "interception ended", "duration_ms": 1500.0}
+NOTHING_CALLED = {"hops": 0, "attempts": 0, "injected_tool_calls": 0, "other_tool_calls": 0}
+
+
+async def test_every_field_of_an_interception(capture: Callable[..., Captured]) -> None:
+    start, end = await told(
+        capture(),
+        begun(),
+        call(1, 1),
+        PromptUsage(id="p", interception_id="i1", created_at=NOW, prompt="secret-prompt"),
+        tokens(input_tokens=3, output_tokens=4, cache_read_input_tokens=1),
+        tool(injected=True),
+        tool(injected=True),
+        tool(injected=False),
+        call(2, 1),
+        call(2, 2),
+        tokens(input_tokens=0, output_tokens=5, cache_write_input_tokens=2),
+        ended(status="failed", http_status=502, error="it broke", time_to_first_byte_ms=12.5),
+        Committed("i1", 0.0123456),
+    )
+    assert start == STARTED
+    assert end == ENDED | {
+        "level": "warning",
+        "status": "failed",
+        "http_status": 502,
+        "error": "it broke",
+        "time_to_first_byte_ms": 12.5,
+        "commit_ms": 12.346,
+        "input_tokens": 3,
+        "output_tokens": 9,
+        "cache_read_input_tokens": 1,
+        "cache_write_input_tokens": 2,
+        "hops": 2,
+        "attempts": 3,
+        "injected_tool_calls": 2,
+        "other_tool_calls": 1,
+    }
+
+
+async def test_what_is_not_known_is_absent(capture: Callable[..., Captured]) -> None:
+    start, end = await told(
+        capture(),
+        begun(model=None, client=None, client_session_id=None),
+        tokens(input_tokens=0),
+        ended(),
+        Committed("i1", 0),
+    )
+    gone = ("model", "client", "session")
+    assert start == {name: value for name, value in STARTED.items() if name not in gone}
+    expected = {name: value for name, value in ENDED.items() if name not in gone}
+    assert end == expected | NOTHING_CALLED | {"status": "completed", "input_tokens": 0, "commit_ms": 0}
+
+
+async def test_what_others_are_told(capture: Callable[..., Captured]) -> None:
+    """Nothing: a call on a passthrough route, a commit of which nothing is known, a request that was passed through."""
+    assert not await told(
+        capture(), call(1, 1, ""), Committed("i9", 1), RecordLost("", ""), PassedThrough("p", "/r", "GET", 200)
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "level"),
+    [("completed", "info"), ("client_disconnected", "info"), ("failed", "warning"), ("interrupted", "warning")],
+)
+async def test_levels_of_ends(status: Any, level: str, capture: Callable[..., Captured]) -> None:
+    _, end = await told(capture(), begun(), ended(status=status), Committed("i1", 0))
+    assert (end["status"], end["level"]) == (status, level)
+
+
+async def test_names_from_outside_are_bounded_and_harmless(capture: Callable[..., Captured]) -> None:
+    hostile = HOSTILE + "x" * 10_000
+    names = {"model": hostile, "client": hostile, "client_session_id": hostile, "initiator_id": hostile}
+    for one in FORMATS:
+        captured = capture(one)
+        observer = EventLog(captured.log)
+        for event in (
+            begun(**names),
+            ended(error=hostile),
+            Committed("i1", 0),
+            Refused("p", hostile, "rate"),
+            BreakerChanged("p", "/r", hostile, "open"),
+        ):
+            observer(event)
+        await asyncio.sleep(0)
+        lines = captured.text.split("\n")[:-1]
+        assert len(lines) == 4 and all(line.isprintable() and len(line) < 4096 for line in lines)
+
+
+async def test_a_line_is_written_when_the_end_is_durable(capture: Callable[..., Captured]) -> None:
+    captured = capture()
+    observer = EventLog(captured.log)
+    observer(begun())
+    observer(ended())
+    await asyncio.sleep(0)
+    assert [line["message"] for line in captured.lines] == ["interception started"]
+    observer(Committed("i1", 0.001))
+    await asyncio.sleep(0)
+    assert captured.lines[1]["commit_ms"] == 1
+    observer.close()
+
+
+async def test_or_when_it_never_will_be(capture: Callable[..., Captured]) -> None:
+    _, end = await told(capture(), begun(), ended(), RecordLost("i1", "InterceptionEnded"))
+    assert end == ENDED | NOTHING_CALLED | {"status": "completed"}
+
+
+async def test_or_when_nobody_waits_for_that(capture: Callable[..., Captured], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_COMMIT_SECONDS", 0.05)
+    captured = capture()
+    observer = EventLog(captured.log)
+    observer(begun())
+    observer(ended())
+    observer(begun(id="i2"))
+    observer(ended(interception_id="i2"))
+    since, line = observer._ended["i1"]
+    observer._ended["i1"] = since - 0.05, line
+    observer._give_up()
+    assert list(observer._ended) == ["i2"]
+    async with asyncio.timeout(10):
+        while len(captured.lines) < 4:
+            await asyncio.sleep(0.01)
+    assert [(line["interception_id"], line.get("status")) for line in captured.lines[2:]] == [
+        ("i1", "completed"),
+        ("i2", "completed"),
+    ]
+    assert observer._look is None and not observer._ended
+
+
+async def test_incidents(capture: Callable[..., Captured]) -> None:
+    lines = await told(
+        capture(worker=4),
+        Retried("i1", "vllm", "503", 0.25),
+        Refused("vllm", "alice", "actor_concurrency"),
+        BreakerChanged("vllm", "/v1/responses", "m-1", "open"),
+        BreakerChanged("vllm", "/v1/responses", None, "closed"),
+        interceptions=False,
+    )
+    for line in lines:
+        assert datetime.fromisoformat(line.pop("time")).tzinfo is not None
+        assert (line.pop("logger"), line.pop("worker"), line.pop("provider")) == ("aibridge.events", 4, "vllm")
+    retried = {"message": "a call of a provider is tried again", "interception_id": "i1", "reason": "503", "delay_ms": 250.0}
+    refused = {"message": "a request is over a limit", "actor": "alice", "reason": "actor_concurrency"}
+    changed = {"message": "a circuit breaker has changed", "route": "/v1/responses"}
+    assert lines == [
+        {"level": "warning", **retried},
+        {"level": "warning", **refused},
+        {"level": "warning", **changed, "model": "m-1", "state": "open"},
+        {"level": "info", **changed, "state": "closed"},
+    ]
+
+
+async def test_without_interceptions(capture: Callable[..., Captured]) -> None:
+    assert not await told(capture(), begun(), call(1, 1), tokens(), tool(injected=True), ended(), interceptions=False)
+
+
+async def test_a_higher_level(capture: Callable[..., Captured]) -> None:
+    set_level("warning")
+    captured = capture()
+    assert not await told(captured, begun(), ended(), Committed("i1", 0), BreakerChanged("p", "/r", None, "closed"))
+    (line,) = await told(captured, begun(), ended(status="failed"), Committed("i1", 0))
+    assert line["message"] == "interception ended"
+
+
+async def test_one_write_for_what_comes_together(capture: Callable[..., Captured], monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[bytes] = []
+    write = os.write
+
+    def counted(file: int, data: bytes) -> int:
+        written.append(data)
+        return write(file, data)
+
+    monkeypatch.setattr(os, "write", counted)
+    lines = await told(
+        capture(), *(event for n in range(3) for event in (begun(id=f"i{n}"), ended(interception_id=f"i{n}")))
+    )
+    assert len(lines) == 6 and len(written) == 1
+
+
+def test_without_an_event_loop(capture: Callable[..., Captured]) -> None:
+    captured = capture()
+    EventLog(captured.log)(begun())
+    assert captured.lines == [STARTED]
+
+
+def test_every_field_is_documented() -> None:
+    rows = re.findall(r"^\| (`.*?`) \|", DOCUMENTATION.read_text(), re.MULTILINE)
+    documented = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    for kind in (LogLine, InterceptionLine, IncidentLine):
+        assert set(kind.__struct_fields__) <= documented
+    for status in ("completed", "failed", "client_disconnected", "interrupted"):
+        assert f"`{status}`" in DOCUMENTATION.read_text()
+
+
+# ---- the set-up ----
+
+
+def test_what_is_said_at_which_level() -> None:
+    def says(name: str, level: int) -> bool:
+        return logging.getLogger(name).isEnabledFor(level)
+
+    set_level("debug")
+    assert says("aibridge.server", logging.DEBUG) and not says("httpcore", logging.DEBUG), "it tells of headers"
+    assert not says("httpx2", logging.INFO) and not says("mcp.client", logging.ERROR)
+    set_level("info")
+    assert says("aibridge.server", logging.INFO) and not says("aibridge.server", logging.DEBUG)
+    set_level("error")
+    assert says("aibridge.server", logging.ERROR) and not says("aibridge.server", logging.WARNING)
+    assert not says("httpx2", logging.WARNING) and not says("some.library", logging.WARNING)
+
+
+class Careless:
+    def __del__(self) -> None:
+        raise ValueError("in a destructor")
+
+
+def test_whatever_goes_wrong_comes_out_in_the_format(capfd: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise ValueError("in a thread")
+
+    with warnings.catch_warnings(), logging_to_stderr("json", "info", interceptions=True, worker=7):
+        warnings.simplefilter("always")
+        warnings.warn("of something", DeprecationWarning, stacklevel=1)
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+        Careless()
+        sys.excepthook(ValueError, ValueError("at the end"), None)
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    assert [line["worker"] for line in lines] == [7] * 4
+    said = [f"{line['logger']} {line['message']} {line.get('exception', '')}" for line in lines]
+    for one, pattern in zip(
+        said,
+        [
+            r"py\.warnings .*DeprecationWarning: of something",
+            r"aibridge\.logs a thread ends by an exception Traceback.*ValueError: in a thread",
+            r"aibridge\.logs .*Careless\.__del__.*ValueError: in a destructor",
+            r"aibridge\.logs the process ends by an exception ValueError: at the end",
+        ],
+        strict=True,
+    ):
+        assert re.match(pattern, one, re.DOTALL), one
