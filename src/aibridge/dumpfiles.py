@@ -1,8 +1,8 @@
 """The format of traffic dumps: one file for each call of a provider, in WARC 1.1 (ISO 28500).
 
 That is what HTTP traffic is archived in: each message stands there as it is, under a few lines that say what it is. People
-read it with a pager, programs with any library for it. A dump has up to three records: the ``request``, the ``response``, and
-``metadata`` that says how the call ended. One without the last is of a call under way, or of a process that died.
+read it with a pager, programs with any library for it. A dump has up to three records: the ``request``, the ``response``,
+and ``metadata`` that says how the call ended. One without the last is of a call under way, or of a process that died.
 
 Messages are as the gateway writes and reads them: names of fields in lower case, no reason phrase, bodies without their
 transfer coding and in the content coding that they came in. Credentials are masked (`aibridge.masking`). A body with a
@@ -117,23 +117,24 @@ class _CodedBody(_Body):
         return b""
 
     def end(self, *, broken: bool) -> bytes:
-        raw = b"".join(self._pieces)
-        self._pieces.clear()
-        self.held = 0
+        pieces, self._pieces, self.held = self._pieces, [], 0
         self._stream.end(broken=broken)
         if self._stream.hit:
             self.decoded = True
-            return self._decoded(raw, broken=broken)
+            return self._decoded(pieces, broken=broken)
+        raw = b"".join(pieces)
         if not self._undecodable:
             return raw
         self._stream = MaskedStream(self._mask)  # it is not what it says it is: shown as it came
         return self._stream.feed(raw) + self._stream.end(broken=broken)
 
-    def _decoded(self, raw: bytes, *, broken: bool) -> bytes:
-        clear, whole = MaskedStream(self._mask), bytearray()
+    def _decoded(self, pieces: Sequence[bytes], *, broken: bool) -> bytes:
+        """All that can be decoded. Piece by piece as before, since what is damaged may take with it what stands beside it."""
+        clear, whole, decoding = MaskedStream(self._mask), bytearray(), decoder(self._coding)
         with suppress(CodingError):
-            for decoded in decoder(self._coding).feed(raw):
-                whole += clear.feed(decoded)
+            for piece in pieces:
+                for decoded in decoding.feed(piece):
+                    whole += clear.feed(decoded)
         whole += clear.end(broken=broken)
         self.left_out += self._undecodable + max(len(whole) - self._limit, 0)
         return bytes(whole[: self._limit])
@@ -216,7 +217,7 @@ class DumpFile:
             "Aibridge-Call": begun.call_id,
             "Aibridge-Provider": begun.provider.name,
             "Aibridge-Kind": begun.provider.kind,
-            "Aibridge-Base-URL": self._mask.text(begun.provider.base_url),
+            "Aibridge-Base-URL": self._mask.text(encoded(begun.provider.base_url)),
         }
         if masked.names:
             fields["Aibridge-Masked"] = ", ".join(masked.names)

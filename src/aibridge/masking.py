@@ -38,7 +38,7 @@ class MaskedRequest(msgspec.Struct, frozen=True):
 
 
 def masked_request(url: str, headers: Headers, secrets: Sequence[str] = ()) -> MaskedRequest:
-    """Mask what header fields and query parameters hold by their names, and `secrets` wherever they are. `url` is in ASCII."""
+    """Mask what fields and parameters of a credential's name hold, and `secrets` wherever they are. `url` is in ASCII."""
     found, names = list(secrets), []
     path, mark, query = url.partition("?")
     parameters = [parameter.partition("=") for parameter in query.split("&")]
