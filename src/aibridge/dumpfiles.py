@@ -129,7 +129,7 @@ class _CodedBody(_Body):
         return self._stream.feed(raw) + self._stream.end(broken=broken)
 
     def _decoded(self, pieces: Sequence[bytes], *, broken: bool) -> bytes:
-        """All that can be decoded. Piece by piece as before, since what is damaged may take with it what stands beside it."""
+        """All that can be decoded. Piece by piece as before: what is damaged may take with it what stands beside it."""
         clear, whole, decoding = MaskedStream(self._mask), bytearray(), decoder(self._coding)
         with suppress(CodingError):
             for piece in pieces:
