@@ -93,6 +93,10 @@ SETTINGS: dict[str, tuple[str, str, Any]] = {
     "limits.max_header_bytes": ("2000", "2000", 2000),
     "upstream.connect_timeout": ("0.5", "0.5", 0.5),
     "upstream.idle_timeout": ("60", "60", 60.0),
+    "dumps.directory": ('"/x/y"', "/x/y", Path("/x/y")),
+    "dumps.max_dump_bytes": ("1000", "1000", 1000),
+    "dumps.max_bytes": ("2000", "2000", 2000),
+    "dumps.max_hours": ("0.5", "0.5", 0.5),
     "providers.vllm.kind": ('"anthropic"', "anthropic", "anthropic"),
     "providers.vllm.base_url": ('"https://h:1/x/v1"', "https://h:1/x/v1", "https://h:1/x/v1"),
     "providers.vllm.api_key": ('"key"', "key", "key"),
@@ -100,6 +104,7 @@ SETTINGS: dict[str, tuple[str, str, Any]] = {
     "providers.vllm.drain_seconds": ("7", "7", 7.0),
     "providers.vllm.ask_for_usage": ("false", "false", False),
     "providers.vllm.ca_file": ('"ca.pem"', "ca.pem", Path("ca.pem")),
+    "providers.vllm.dump": ("true", "true", True),
     "providers.vllm.enabled": ("false", "false", False),
     "mcp.usage": ('"last"', "last", "last"),
     "mcp.max_turns": ("3", "3", 3),
@@ -358,7 +363,7 @@ def test_the_description_is_the_configuration(tmp_path: Path) -> None:
 MISTAKES: list[tuple[str, list[str]]] = [
     (
         "[servr]\nport = 1",
-        ["servr:", "no such setting", "database, identity, limits, log, mcp, providers, server, upstream"],
+        ["servr:", "no such setting", "database, dumps, identity, limits, log, mcp, providers, server, upstream"],
     ),
     ("port = 1", ["port:", "no such setting", "server"]),
     ("[server]\nprot = 1", ["server.prot:", "no such setting", "allowed_hosts, host, port, shutdown_grace"]),
@@ -552,7 +557,8 @@ def test_every_setting_is_documented(key: str, field: Any) -> None:
         assert default == "none"
     else:
         shown = [] if field.default == () else field.get_default(call_default_factory=True)
-        assert tomllib.loads(f"x = {default.strip('`')}")["x"] == shown
+        documented = tomllib.loads(f"x = {default.strip('`')}")["x"]
+        assert documented == (str(shown) if isinstance(shown, Path) else shown)
     for option in get_args(field.annotation):
         assert not isinstance(option, str) or f'`"{option}"`' in rows[0], "each choice is named"
 

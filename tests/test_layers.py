@@ -19,7 +19,7 @@ LAYERS = [
     # the server: an application of the library
     ["aibridge.__main__"],
     ["aibridge.cli"],
-    ["aibridge.check", "aibridge.demo", "aibridge.tooling"],
+    ["aibridge.check", "aibridge.demo", "aibridge.replay", "aibridge.tooling"],
     ["aibridge.supervisor"],
     ["aibridge.worker"],
     ["aibridge.server"],
@@ -32,6 +32,8 @@ LAYERS = [
     ["aibridge.bridge"],
     ["aibridge.generation"],
     # the shell: moves bytes, owns clocks and sockets
+    ["aibridge.dumps"],
+    ["aibridge.dumpfiles", "aibridge.dumpfolder"],
     ["aibridge.logs", "aibridge.metrics", "aibridge.passthrough", "aibridge.relay"],
     ["aibridge.loglines", "aibridge.logwriter"],
     ["aibridge.calling"],
@@ -51,7 +53,7 @@ LAYERS = [
     ["aibridge.httpconnection"],
     ["aibridge.history", "aibridge.toolbox"],
     ["aibridge.guard", "aibridge.headers", "aibridge.identity", "aibridge.providers", "aibridge.upstream"],
-    ["aibridge.asgi", "aibridge.deadlines", "aibridge.interruptible", "aibridge.keepalive"],
+    ["aibridge.asgi", "aibridge.deadlines", "aibridge.interruptible", "aibridge.keepalive", "aibridge.masking"],
     ["aibridge.events"],
     # the core
     ["aibridge.conversation"],

@@ -11,6 +11,7 @@ import shutil
 import socket
 import ssl
 import struct
+import tempfile
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -19,8 +20,10 @@ from typing import Protocol
 
 import pytest
 
+from aibridge.dumps import TrafficDumps
 from aibridge.errors import ConnectTimeout, Unreachable, Unsendable, UpstreamError, UpstreamTimeout
 from aibridge.httpclient import HttpUpstream
+from aibridge.providers import Provider
 from aibridge.upstream import (
     Body,
     MemoryResponse,
@@ -40,7 +43,25 @@ class Make(Protocol):
     def __call__(self, *, connect_timeout: float = ..., idle_timeout: float = ...) -> Upstream: ...
 
 
-IMPLEMENTATIONS: Sequence[Make] = [HttpUpstream]
+class Dumped:
+    """What traffic dumps wrap is a port all the same."""
+
+    def __init__(self, **timeouts: float) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="dumps-")
+        self._dumps = TrafficDumps(Path(self._folder.name) / "dumps")
+        provider = Provider("anthropic", "anthropic", "http://127.0.0.1:9", dump=True)
+        self._upstream = self._dumps.upstream(provider, HttpUpstream(**timeouts))
+
+    async def send(self, request: UpstreamRequest) -> UpstreamResponse:
+        return await self._upstream.send(request)
+
+    async def aclose(self) -> None:
+        await self._upstream.aclose()
+        await self._dumps.__aexit__(None, None, None)
+        self._folder.cleanup()
+
+
+IMPLEMENTATIONS: Sequence[Make] = [HttpUpstream, Dumped]
 
 Fields = Sequence[tuple[bytes, bytes]]
 BOUND = 15.0

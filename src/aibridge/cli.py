@@ -1,4 +1,4 @@
-"""The command line: ``aibridge serve``, ``check``, ``demo`` and ``mcp``."""
+"""The command line: ``aibridge serve``, ``check``, ``demo``, ``replay`` and ``mcp``."""
 
 import asyncio
 import logging
@@ -71,6 +71,37 @@ def demo(database: Path | None) -> None:
 
     for line in asyncio.run(play(database)):
         click.echo(line)
+
+
+@main.command()
+@_config
+@click.argument("dump", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--base-url", help="Send it to this server instead of the provider's, as a client would set it.")
+@click.option("--key-env", metavar="VARIABLE", help="Environment variable with the key to send.")
+@click.option("--send-api-key", is_flag=True, help="Send the provider's configured key to --base-url, too.")
+def replay(config: Path | None, dump: Path, base_url: str | None, key_env: str | None, *, send_api_key: bool) -> None:
+    """Send the request of a traffic DUMP again, and print the response as it comes.
+
+    The key is that of --key-env, or the one configured for the provider, which is sent to its own server only. Exits with
+    0 for a response of status 2xx, 1 for another one, 2 where nothing was sent, 3 where none came, or not to its end.
+    """
+    settings = _load(config)
+    from aibridge.dumpfiles import Unusable, read_request  # noqa: PLC0415
+    from aibridge.replay import NOT_SENT, CannotReplay, planned, replayed  # noqa: PLC0415
+
+    try:
+        request = read_request(dump)
+        plan = planned(request, settings, base_url=base_url, key_variable=key_env, send_api_key=send_api_key)
+    except (Unusable, CannotReplay, OSError) as error:
+        click.echo(f"{dump} cannot be sent again: {error}", err=True)
+        sys.exit(NOT_SENT)
+    for line in plan.lines():
+        click.echo(line, err=True)
+
+    def write(data: bytes) -> None:
+        click.echo(data, nl=False)
+
+    sys.exit(asyncio.run(replayed(plan, settings, write, lambda message: click.echo(message, err=True))))
 
 
 @main.group()

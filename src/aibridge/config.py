@@ -33,6 +33,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from aibridge.dumps import MAX_BYTES, MAX_DUMP_BYTES, MAX_HOURS
 from aibridge.errors import ProviderKind
 from aibridge.ledger import WhenUnrecordable
 from aibridge.limits import MAX_BODY_BYTES, MAX_HEADER_BYTES, Limits
@@ -173,6 +174,9 @@ class ProviderSettings(_Section):
     drain_seconds: float = Field(default=300.0, gt=0, description="how long to read on for after the client has gone")
     ask_for_usage: bool = Field(default=True, description="add stream_options.include_usage to streamed Chat requests")
     ca_file: Path | None = Field(default=None, description="PEM file with certificates to trust beside the system's")
+    dump: bool = Field(
+        default=False, description="write its traffic to files, for debugging: with prompts and answers in clear"
+    )
     enabled: bool = Field(default=True, description="false takes the provider away")
 
     @field_validator("base_url")
@@ -226,6 +230,17 @@ class UpstreamSettings(_Section):
 
     connect_timeout: float = Field(default=10.0, gt=0, description="seconds to connect to a provider")
     idle_timeout: float = Field(default=600.0, gt=0, description="seconds without a byte after which a provider is given up")
+
+
+class DumpSettings(_Section):
+    """``[dumps]``"""
+
+    directory: Path = Field(
+        default=Path("aibridge-dumps"), description="where the traffic of providers with dump = true goes"
+    )
+    max_dump_bytes: int = Field(default=MAX_DUMP_BYTES, gt=0, description="how much of the bodies of one call is kept")
+    max_bytes: int = Field(default=MAX_BYTES, gt=0, description="size of all dumps, the oldest go first")
+    max_hours: float = Field(default=MAX_HOURS, gt=0, description="age at which dumps are deleted")
 
 
 class McpServerSettings(_Section):
@@ -328,6 +343,7 @@ class Settings(BaseSettings):
     identity: IdentitySettings = IdentitySettings()
     limits: LimitSettings = LimitSettings()
     upstream: UpstreamSettings = UpstreamSettings()
+    dumps: DumpSettings = DumpSettings()
     providers: dict[str, ProviderSettings] = Field(default_factory=dict, validate_default=True)
     mcp: McpSettings = McpSettings()
 
@@ -414,6 +430,7 @@ class Settings(BaseSettings):
                 drain_seconds=given.drain_seconds,
                 ask_for_usage=given.ask_for_usage,
                 ca_file=str(given.ca_file) if given.ca_file else None,
+                dump=given.dump,
             )
             for name, given in self.providers.items()
             if given.enabled

@@ -35,7 +35,8 @@ _NOT_SENT: Final = _HOP_BY_HOP | _OURS
 # The usual values of the connection field, which name no other.
 _NO_NAMES: Final = frozenset({b"keep-alive", b"close", b"Keep-Alive"})
 
-_CREDENTIALS: Final = frozenset({b"authorization", b"x-api-key", b"api-key"})  # the last is Azure's
+CREDENTIAL_FIELDS: Final = frozenset({b"authorization", b"x-api-key", b"api-key"})
+"""In which clients send what providers are to know them by; the last is Azure's."""
 
 # From this version on Anthropic's clients send every credential as a bearer token, before it API keys had a header of
 # their own (wire.md A1).
@@ -60,8 +61,8 @@ class UpstreamHeaders(msgspec.Struct, frozen=True):
 def to_upstream(headers: Headers, kind: ProviderKind, api_key: str | None) -> UpstreamHeaders:
     """What goes to the provider. Exactly one credential does: the configured key, or without one what the client brought."""
     passed = _without_all(headers, _NOT_SENT)
-    sent = [field for field in passed if field[0] not in _CREDENTIALS]
-    brought = [field for field in passed if field[0] in _CREDENTIALS and field[1].strip()]
+    sent = [field for field in passed if field[0] not in CREDENTIAL_FIELDS]
+    brought = [field for field in passed if field[0] in CREDENTIAL_FIELDS and field[1].strip()]
     field_name = _credential_field(headers, kind)
     if api_key is not None:
         value = api_key.encode()

@@ -9,6 +9,7 @@ import re
 import socket
 import ssl
 from collections import deque
+from collections.abc import Callable
 from functools import lru_cache
 from string import printable
 from typing import Final, NamedTuple
@@ -94,18 +95,7 @@ class HttpUpstream:
 
     def _find_place(self, url: str, ca_file: str | None) -> tuple[_Origin, bytes]:
         """Where a request goes, and its target there. Raises ValueError or KeyError for what is no URL of a server."""
-        url = url if url.isascii() else quote(url, safe=printable, encoding="latin-1")
-        parts = urlsplit(url)
-        proxy = self._proxy_for(parts.scheme, parts.netloc)
-        origin = _Origin(parts.scheme, parts.hostname or "", parts.port or _PORTS[parts.scheme], ca_file, proxy)
-        path = url[url.index("//") + 2 + len(parts.netloc) :]
-        target = path if path.startswith("/") else "/" + path
-        if proxy is not None and origin.scheme == "http":
-            target = f"http://{origin.authority}{target}"
-        encoded = target.encode("latin-1")
-        if _NO_TARGET.search(encoded):
-            raise ValueError("a target that servers might split")
-        return origin, encoded
+        return _place(url, ca_file, self._proxy_for)
 
     async def _connect(self, origin: _Origin) -> "Connection":
         loop = asyncio.get_running_loop()
@@ -146,6 +136,31 @@ class HttpUpstream:
             return None
         proxy = None if proxy_bypass(netloc) else self._proxies.get(scheme)
         return f"http://{proxy}" if proxy and "://" not in proxy else proxy
+
+
+def written_head(request: UpstreamRequest) -> bytes:
+    """The head of a request as it is sent where there is no proxy. Raises ValueError or KeyError where it cannot be sent."""
+    return _request_head(request, *_place(request.url, None, lambda _scheme, _netloc: None))
+
+
+def encoded(url: str) -> str:
+    """A URL as it goes out: characters beyond ASCII stand for bytes, and are percent-encoded."""
+    return url if url.isascii() else quote(url, safe=printable, encoding="latin-1")
+
+
+def _place(url: str, ca_file: str | None, proxy_for: Callable[[str, str], str | None]) -> tuple[_Origin, bytes]:
+    url = encoded(url)
+    parts = urlsplit(url)
+    proxy = proxy_for(parts.scheme, parts.netloc)
+    origin = _Origin(parts.scheme, parts.hostname or "", parts.port or _PORTS[parts.scheme], ca_file, proxy)
+    path = url[url.index("//") + 2 + len(parts.netloc) :]
+    target = path if path.startswith("/") else "/" + path
+    if proxy is not None and origin.scheme == "http":
+        target = f"http://{origin.authority}{target}"
+    written = target.encode("latin-1")
+    if _NO_TARGET.search(written):
+        raise ValueError("a target that servers might split")
+    return origin, written
 
 
 def _request_head(request: UpstreamRequest, origin: _Origin, target: bytes) -> bytes:

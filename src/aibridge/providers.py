@@ -124,7 +124,8 @@ class Provider:
     credential goes upstream. `ca_file` is a PEM file with certificates to trust beside the system's. `ask_for_usage`: add
     ``stream_options.include_usage`` to streamed Chat requests, for the ledger; some old servers refuse the option.
     `drain_seconds` bounds how long a response is read on for after the client has gone. `breaker` says when the provider is
-    given a rest, `retries` when a request is sent again: never, by default.
+    given a rest, `retries` when a request is sent again: never, by default. `dump` is for debugging: where there are traffic
+    dumps (`aibridge.dumps`), its traffic is in them.
 
     Raises ValueError for a name or URL that cannot be.
     """
@@ -139,6 +140,7 @@ class Provider:
     ca_file: str | None = None
     breaker: BreakerRules | None = None
     retries: RetryRules = _NO_RETRIES
+    dump: bool = False
 
     def __post_init__(self) -> None:
         check_name(self.name)

@@ -26,6 +26,7 @@ from prometheus_client import (
 from aibridge.asgi import App, ClientConnection, Receive, Scope, Send
 from aibridge.bridge import RequestBridge
 from aibridge.config import Settings
+from aibridge.dumps import TrafficDumps
 from aibridge.errors import BridgeError
 from aibridge.events import Observer
 from aibridge.guard import LoopbackGuard
@@ -69,12 +70,17 @@ class Server:
             for collector in (ProcessCollector, PlatformCollector, GCCollector):
                 collector(registry=self._registry)
         self._recorder = SqliteRecorder(settings.database.path) if recorder is None else recorder
+        kept = settings.dumps
+        self._dumps = TrafficDumps(
+            kept.directory, max_dump_bytes=kept.max_dump_bytes, max_bytes=kept.max_bytes, max_hours=kept.max_hours
+        )
         self._bridge = RequestBridge(
             settings.enabled_providers(),
             self._recorder,
             observers=(Metrics(self._registry, namespace="aibridge"), *observers),
             upstream=upstream_of(settings) if upstream is None else upstream,
             injection=injection_of(settings),
+            dumps=self._dumps,
             when_unrecordable=settings.database.when_unavailable,
             limits=settings.limits.limits(),
         )
@@ -109,6 +115,7 @@ class Server:
     async def __aenter__(self) -> Self:
         """Open what the bridge needs."""
         await self._bridge.__aenter__()
+        await self._dumps.__aenter__()
         return self
 
     async def __aexit__(
@@ -116,6 +123,7 @@ class Server:
     ) -> None:
         """End what is under way, and close everything."""
         await self._bridge.__aexit__(kind, error, traceback)
+        await self._dumps.__aexit__(kind, error, traceback)
 
     async def _answer_ready(self, client: ClientConnection) -> None:
         """Whether requests would be served now: not where their start cannot be recorded."""

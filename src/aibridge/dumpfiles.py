@@ -1,0 +1,357 @@
+"""The format of traffic dumps: one file for each call of a provider, in WARC 1.1 (ISO 28500).
+
+That is what HTTP traffic is archived in: each message stands there as it is, under a few lines that say what it is. People
+read it with a pager, programs with any library for it. A dump has up to three records: the ``request``, the ``response``,
+and ``metadata`` that says how the call ended. One without the last is of a call under way, or of a process that died.
+
+Messages are as the gateway writes and reads them: names of fields in lower case, no reason phrase, bodies without their
+transfer coding and in the content coding that they came in. Credentials are masked (`aibridge.masking`). A body with a
+content coding is written when it has ended: it has to be decoded to see whether it holds one, and where it does, it stays
+decoded.
+"""
+
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import BinaryIO, Final, Literal
+
+import msgspec
+
+from aibridge.errors import ProviderKind
+from aibridge.httpclient import encoded, written_head
+from aibridge.masking import Mask, MaskedStream, masked_fields, masked_request
+from aibridge.providers import Provider
+from aibridge.upstream import UpstreamRequest
+from aibridge.wire.base import Headers
+from aibridge.wire.coding import CodingError, Decoder, decoder
+from aibridge.wire.observer import ResponseHead
+
+Outcome = Literal["complete", "broken off", "let go", "no response"]
+"""Of a call: read to its end, broken off by the provider, given up by the gateway (mostly because its client had gone), or
+nothing came."""
+
+_BREAK: Final = b"\r\n"
+_ROOM: Final = 120  # for what is only known at the end of a record
+_MAX_DECODED: Final = 64 * 1024 * 1024  # a larger body is not searched to its end, so the rest is left out
+_SLICE: Final = 256 * 1024
+
+
+class Begun(msgspec.Struct, frozen=True):
+    """A request on its way to a provider."""
+
+    call_id: str
+    at: datetime
+    provider: Provider
+    request: UpstreamRequest
+
+
+class Ended(msgspec.Struct, frozen=True):
+    """How a call has ended. The sizes are of the bodies as they were sent, whether they were kept or not."""
+
+    at: datetime
+    outcome: Outcome
+    error: str | None
+    request_bytes: int
+    response_bytes: int
+
+
+class _Body:
+    """A body on its way into the file. `held` bytes of it are kept in memory, `left_out` bytes nobody will see."""
+
+    def __init__(self, mask: Mask) -> None:
+        self.held = 0
+        self.left_out = 0
+        self.decoded = False
+        self._stream = MaskedStream(mask)
+
+    @property
+    def masked(self) -> bool:
+        return self._stream.hit
+
+    def feed(self, piece: bytes) -> bytes:
+        """The next piece has come. Answers with what can be written now."""
+        return self._stream.feed(piece)
+
+    def end(self, *, broken: bool) -> bytes:
+        """There is no more of it; `broken`: though it goes on. Answers with the rest."""
+        return self._stream.end(broken=broken)
+
+
+class _CodedBody(_Body):
+    """A body with a content coding, held until its end. One in a coding that we cannot read is left out."""
+
+    def __init__(self, mask: Mask, coding: str, limit: int) -> None:
+        super().__init__(mask)
+        self._mask = mask
+        self._coding = coding
+        self._limit = limit
+        self._pieces: list[bytes] = []
+        self._size = 0  # decoded
+        self._undecodable = 0  # of what is held
+        self._full = False
+        self._decoder: Decoder | None = None
+        try:
+            self._decoder = decoder(coding)
+        except CodingError:
+            self._full = True
+
+    def feed(self, piece: bytes) -> bytes:
+        if self._decoder is not None:
+            try:
+                for decoded in self._decoder.feed(piece):
+                    self._size += len(decoded)
+                    self._stream.feed(decoded)
+            except CodingError:
+                self._decoder = None
+            self._full = self._full or self._size > _MAX_DECODED
+        if self._full:
+            self.left_out += len(piece)
+            return b""
+        if self._decoder is None:
+            self._undecodable += len(piece)
+        self._pieces.append(piece)
+        self.held += len(piece)
+        return b""
+
+    def end(self, *, broken: bool) -> bytes:
+        pieces, self._pieces, self.held = self._pieces, [], 0
+        self._stream.end(broken=broken)
+        if self._stream.hit:
+            self.decoded = True
+            return self._decoded(pieces, broken=broken)
+        raw = b"".join(pieces)
+        if not self._undecodable:
+            return raw
+        self._stream = MaskedStream(self._mask)  # it is not what it says it is: shown as it came
+        return self._stream.feed(raw) + self._stream.end(broken=broken)
+
+    def _decoded(self, pieces: Sequence[bytes], *, broken: bool) -> bytes:
+        """All that can be decoded. Piece by piece as before: what is damaged may take with it what stands beside it."""
+        clear, whole, decoding = MaskedStream(self._mask), bytearray(), decoder(self._coding)
+        with suppress(CodingError):
+            for piece in pieces:
+                for decoded in decoding.feed(piece):
+                    whole += clear.feed(decoded)
+        whole += clear.end(broken=broken)
+        self.left_out += self._undecodable + max(len(whole) - self._limit, 0)
+        return bytes(whole[: self._limit])
+
+
+class _Record:
+    """A record under way in a file. Its length, and what else is only known at its end, is written then."""
+
+    def __init__(self, file: "_Appended", fields: Mapping[str, str], head: bytes, body: _Body) -> None:
+        self._file = file
+        self._length = len(head)
+        self.body = body
+        lines = [b"WARC/1.1", *(f"{name}: {value}".encode() for name, value in fields.items()), b""]
+        file.append(_BREAK.join(lines))
+        self._room = file.size
+        file.append(b" " * _ROOM + _BREAK + _BREAK + head)
+
+    def write(self, piece: bytes) -> None:
+        """The next piece of the body. In slices: to search one, the interpreter's lock is held."""
+        for start in range(0, len(piece), _SLICE):
+            self._append(self.body.feed(piece[start : start + _SLICE]))
+
+    def end(self, truncated: str | None) -> None:
+        """There is no more; `truncated` is WARC's word for why, where it should go on."""
+        self._append(self.body.end(broken=truncated is not None))
+        self._file.append(_BREAK + _BREAK)
+        lines = [f"Content-Length: {self._length}"]
+        if truncated or self.body.left_out:
+            lines.append(f"WARC-Truncated: {truncated or 'unspecified'}")
+        states = [word for word, is_so in (("decoded", self.body.decoded), ("masked", self.body.masked)) if is_so]
+        if states:
+            lines.append(f"Aibridge-Body: {', '.join(states)}")
+        self._file.put(self._room, _BREAK.join(line.encode() for line in lines).ljust(_ROOM))
+
+    def _append(self, data: bytes) -> None:
+        self._length += len(data)
+        self._file.append(data)
+
+
+class _Appended:
+    """A file that grows."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+        self.size = 0
+
+    def append(self, data: bytes) -> None:
+        self.put(self.size, data)
+        self.size += len(data)
+
+    def put(self, offset: int, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self._file, view, offset)
+            offset, view = offset + written, view[written:]
+
+
+class DumpFile:
+    """Writes the dump of one call into `file`, a descriptor that stays the caller's. All methods may raise OSError.
+
+    They are told what happens, in order: the request, its body, its end, the response's head and body, the call's end.
+    `limit` bounds each body. Raises ValueError or KeyError for a request that cannot be sent.
+    """
+
+    def __init__(self, file: int, begun: Begun, limit: int) -> None:
+        request = begun.request
+        self._limit = limit
+        masked = masked_request(encoded(request.url), request.headers, request.secrets)
+        self._mask = Mask(masked.secrets)
+        self._url = masked.url
+        head = self._mask(written_head(msgspec.structs.replace(request, url=masked.url, headers=masked.headers)))
+        self._file = _Appended(file)
+        self._id = uuid.uuid4()
+        fields = {
+            "WARC-Type": "request",
+            "WARC-Record-ID": f"<{self._id.urn}>",
+            "WARC-Date": _date(begun.at),
+            "WARC-Target-URI": self._url,
+            "Content-Type": "application/http;msgtype=request",
+            "Aibridge-Call": begun.call_id,
+            "Aibridge-Provider": begun.provider.name,
+            "Aibridge-Kind": begun.provider.kind,
+            "Aibridge-Base-URL": self._mask.text(encoded(begun.provider.base_url)),
+        }
+        if masked.names:
+            fields["Aibridge-Masked"] = ", ".join(masked.names)
+        coding = next((value.decode("latin-1") for name, value in request.headers if name == b"content-encoding"), "")
+        self._record: _Record | None = _Record(self._file, fields, head, self._body(coding))
+        self._left_out = 0
+
+    @property
+    def held(self) -> int:
+        """Bytes that are kept in memory."""
+        return 0 if self._record is None else self._record.body.held
+
+    def body(self, piece: bytes) -> None:
+        """The next piece of the body, of the request or of the response."""
+        if self._record is not None:
+            self._record.write(piece)
+
+    def end_body(self, truncated: str | None) -> None:
+        """Of the body under way there is no more. `truncated` is WARC's word for why, where it should go on."""
+        if self._record is not None:
+            self._record.end(truncated)
+            self._left_out += self._record.body.left_out
+            self._record = None
+
+    def respond(self, at: datetime, head: ResponseHead) -> None:
+        """The head of the response has come. What was not sent of the request by then is left out."""
+        self.end_body("unspecified")
+        fields = self._related("response", at) | {"Content-Type": "application/http;msgtype=response"}
+        lines = [b"HTTP/1.1 %d " % head.status]
+        lines += (b"%b: %b" % field for field in masked_fields(head.headers, self._mask))
+        shown = self._mask(_BREAK.join([*lines, b"", b""]))
+        self._record = _Record(self._file, fields, shown, self._body(head.coding))
+
+    def end(self, ended: Ended, lost: int) -> None:
+        """The call has ended. `lost` bytes could not be kept, because the writer was behind."""
+        self.end_body("unspecified")
+        facts: dict[str, str | int] = {"outcome": ended.outcome}
+        if ended.error is not None:
+            facts["error"] = self._mask.text(" ".join(ended.error.split()))
+        facts |= {"request-bytes": ended.request_bytes, "response-bytes": ended.response_bytes}
+        if self._left_out:
+            facts["unreadable-bytes-left-out"] = self._left_out
+        if lost:
+            facts["bytes-lost-because-the-writer-was-behind"] = lost
+        block = "".join(f"{name}: {value}\r\n" for name, value in facts.items()).encode()
+        fields = self._related("metadata", ended.at) | {"Content-Type": "application/warc-fields"}
+        _Record(self._file, fields, block, _Body(self._mask)).end(None)
+
+    def _body(self, coding: str) -> _Body:
+        coding = coding.strip().lower()
+        return _Body(self._mask) if coding in ("", "identity") else _CodedBody(self._mask, coding, self._limit)
+
+    def _related(self, kind: str, at: datetime) -> dict[str, str]:
+        return {
+            "WARC-Type": kind,
+            "WARC-Record-ID": f"<{uuid.uuid4().urn}>",
+            "WARC-Date": _date(at),
+            "WARC-Target-URI": self._url,
+            "WARC-Concurrent-To": f"<{self._id.urn}>",
+        }
+
+
+def _date(at: datetime) -> str:
+    return at.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+# ---- reading ----
+
+
+class Unusable(ValueError):
+    """A file is not a dump, or not of a whole request. The message says why."""
+
+
+class DumpedRequest(msgspec.Struct, frozen=True):
+    """The request of a dump, credentials masked: `masked` names the header fields and query parameters that held one.
+
+    `path` is what stands behind the provider's base URL. Of a `body_masked` a part was a credential. `headers` are without
+    Host and Content-Length; a body without a length was sent `chunked`.
+    """
+
+    provider: str
+    kind: ProviderKind
+    base_url: str
+    method: str
+    path: str
+    headers: Headers
+    body: bytes
+    masked: Sequence[str]
+    body_masked: bool
+    chunked: bool
+
+
+def read_request(path: Path) -> DumpedRequest:
+    """The request of a dump. Raises `Unusable`, also for one of which a part is missing; OSError."""
+    with path.open("rb") as file:
+        fields = _read_fields(file)
+        if fields.get("warc-type") != "request" or "aibridge-base-url" not in fields:
+            raise Unusable("it is not a traffic dump of aibridge")
+        if not fields.get("content-length", "").isdigit():
+            raise Unusable("its request was never written to the end: it may be under way still, or the process has died")
+        if why := fields.get("warc-truncated"):
+            raise Unusable(f"its request was cut ({_CUTS.get(why, why)}), so it cannot be sent again")
+        block = file.read(int(fields["content-length"]))
+    head, end, body = block.partition(_BREAK + _BREAK)
+    if len(block) < int(fields["content-length"]) or not end:
+        raise Unusable("the file ends inside of its request")
+    line, *lines = head.split(_BREAK)
+    given = [(name, value) for name, _, value in (line.partition(b": ") for line in lines)]
+    states = fields.get("aibridge-body", "")
+    ours = {b"host", b"content-length", b"transfer-encoding"} | ({b"content-encoding"} if "decoded" in states else set())
+    base_url, url = fields["aibridge-base-url"], fields["warc-target-uri"]
+    return DumpedRequest(
+        provider=fields["aibridge-provider"],
+        kind="anthropic" if fields["aibridge-kind"] == "anthropic" else "openai",
+        base_url=base_url,
+        method=line.split(b" ")[0].decode("ascii"),
+        path=url.removeprefix(base_url.rstrip("/")),
+        headers=[field for field in given if field[0].lower() not in ours],
+        body=body,
+        masked=[name for name in fields.get("aibridge-masked", "").split(", ") if name],
+        body_masked="masked" in states,
+        chunked=any(name == b"transfer-encoding" for name, _ in given),
+    )
+
+
+_CUTS: Final = {"length": "over dumps.max_dump_bytes", "unspecified": "the writer was behind, or its coding is unknown"}
+
+
+def _read_fields(file: BinaryIO) -> dict[str, str]:
+    """The fields of a record's head; none where there is no record."""
+    if file.readline(64).rstrip() != b"WARC/1.1":
+        return {}
+    fields: dict[str, str] = {}
+    while (line := file.readline(65536)) not in (_BREAK, b""):
+        name, _, value = line.decode(errors="replace").partition(":")
+        fields[name.strip().lower()] = value.strip()
+    return fields
