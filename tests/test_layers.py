@@ -32,7 +32,8 @@ LAYERS = [
     ["aibridge.bridge"],
     ["aibridge.generation"],
     # the shell: moves bytes, owns clocks and sockets
-    ["aibridge.metrics", "aibridge.passthrough", "aibridge.relay"],
+    ["aibridge.otlp"],
+    ["aibridge.metrics", "aibridge.passthrough", "aibridge.relay", "aibridge.tracing"],
     ["aibridge.calling"],
     ["aibridge.sidecalls"],
     ["aibridge.injection", "aibridge.ledger"],
@@ -51,7 +52,8 @@ LAYERS = [
     ["aibridge.history", "aibridge.toolbox"],
     ["aibridge.guard", "aibridge.headers", "aibridge.identity", "aibridge.providers", "aibridge.upstream"],
     ["aibridge.asgi", "aibridge.deadlines", "aibridge.interruptible", "aibridge.keepalive"],
-    ["aibridge.events"],
+    ["aibridge.spans"],
+    ["aibridge.events", "aibridge.otelenv"],
     # the core
     ["aibridge.conversation"],
     ["aibridge.merger"],

@@ -9,7 +9,7 @@ import signal
 import socket
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import msgspec
 import uvloop
@@ -37,6 +37,9 @@ from aibridge.metrics import Metrics
 from aibridge.recording import Recorder, SqliteApprovals, SqliteHistory, SqliteRecorder
 from aibridge.upstream import Upstream
 
+if TYPE_CHECKING:
+    from aibridge.otlp import OtlpTraces
+
 logger = logging.getLogger(__name__)
 
 CANNOT_START: Final = 3
@@ -45,7 +48,13 @@ CANNOT_START: Final = 3
 _OPEN_FILES: Final = 65_536
 _GARBAGE_THRESHOLD: Final = 20_000
 # Beside what we say ourselves they tell of each request to an MCP server, its session, and what it has answered wrong.
-_QUIET: Final = {"alembic": logging.WARNING, "httpx2": logging.WARNING, "mcp": logging.CRITICAL}
+# Of a receiver of traces that is away we want to know once for each batch, not for each attempt.
+_QUIET: Final = {
+    "alembic": logging.WARNING,
+    "httpx2": logging.WARNING,
+    "mcp": logging.CRITICAL,
+    "opentelemetry.exporter": logging.ERROR,
+}
 
 
 class Server:
@@ -68,6 +77,7 @@ class Server:
             for collector in (ProcessCollector, PlatformCollector, GCCollector):
                 collector(registry=self._registry)
         self._recorder = SqliteRecorder(settings.database.path) if recorder is None else recorder
+        self._traces = traces_of(settings)
         self._bridge = RequestBridge(
             settings.enabled_providers(),
             self._recorder,
@@ -115,6 +125,8 @@ class Server:
     ) -> None:
         """End what is under way, and close everything."""
         await self._bridge.__aexit__(kind, error, traceback)
+        if self._traces is not None:
+            await self._traces.aclose()
 
     async def _answer_ready(self, client: ClientConnection) -> None:
         """Whether requests would be served now: not where their start cannot be recorded."""
@@ -141,6 +153,22 @@ def _authenticator(settings: Settings) -> Authenticator:
 def upstream_of(settings: Settings) -> Upstream:
     """The connections to the providers, as configured."""
     return HttpUpstream(connect_timeout=settings.upstream.connect_timeout, idle_timeout=settings.upstream.idle_timeout)
+
+
+def traces_of(settings: Settings) -> "OtlpTraces | None":
+    """Traces of what happens, where there is somewhere to send them to."""
+    tracing = settings.tracing
+    if tracing.endpoint is None:
+        return None
+    from aibridge.otlp import OtlpTraces  # noqa: PLC0415  OpenTelemetry takes 0.2 s to load, and 11 MB
+
+    return OtlpTraces(
+        tracing.endpoint,
+        headers={name: value.get_secret_value() for name, value in tracing.headers.items()},
+        sample_ratio=tracing.sample_ratio,
+        service_name=tracing.service_name,
+        content=tracing.content,
+    )
 
 
 def injection_of(settings: Settings) -> Injection | None:
