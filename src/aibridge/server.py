@@ -82,6 +82,7 @@ class Server:
             settings.enabled_providers(),
             self._recorder,
             observers=(Metrics(self._registry, namespace="aibridge"),),
+            tracer=self._traces,
             upstream=upstream_of(settings) if upstream is None else upstream,
             injection=injection_of(settings),
             when_unrecordable=settings.database.when_unavailable,
