@@ -31,7 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _environment() -> Iterator[str]:
-    return (name for name in os.environ if name.upper().startswith(("AIBRIDGE_", "ANTHROPIC_", "OPENAI_")))
+    return (name for name in os.environ if name.upper().startswith(("AIBRIDGE_", "ANTHROPIC_", "OPENAI_", "OTEL_")))
 
 
 def configured(toml: str) -> Settings:
@@ -106,6 +106,11 @@ SETTINGS: dict[str, tuple[str, str, Any]] = {
     "providers.vllm.ca_file": ('"ca.pem"', "ca.pem", Path("ca.pem")),
     "providers.vllm.dump": ("true", "true", True),
     "providers.vllm.enabled": ("false", "false", False),
+    "tracing.endpoint": ('"http://c:4318"', "http://c:4318", "http://c:4318/v1/traces"),
+    "tracing.headers": ('{ X-Key = "key" }', '{"X-Key": "key"}', {"X-Key": "key"}),
+    "tracing.sample_ratio": ("0.5", "0.5", 0.5),
+    "tracing.service_name": ('"gateway"', "gateway", "gateway"),
+    "tracing.content": ("true", "true", True),
     "mcp.usage": ('"last"', "last", "last"),
     "mcp.max_turns": ("3", "3", 3),
     "mcp.max_seconds": ("30", "30", 30.0),
@@ -363,7 +368,7 @@ def test_the_description_is_the_configuration(tmp_path: Path) -> None:
 MISTAKES: list[tuple[str, list[str]]] = [
     (
         "[servr]\nport = 1",
-        ["servr:", "no such setting", "database, dumps, identity, limits, log, mcp, providers, server, upstream"],
+        ["servr:", "no such setting", "database, dumps, identity, limits, log, mcp, providers, server, tracing, upstream"],
     ),
     ("port = 1", ["port:", "no such setting", "server"]),
     ("[server]\nprot = 1", ["server.prot:", "no such setting", "allowed_hosts, host, port, shutdown_grace"]),

@@ -32,9 +32,9 @@ LAYERS = [
     ["aibridge.bridge"],
     ["aibridge.generation"],
     # the shell: moves bytes, owns clocks and sockets
-    ["aibridge.dumps"],
+    ["aibridge.dumps", "aibridge.otlp"],
     ["aibridge.dumpfiles", "aibridge.dumpfolder"],
-    ["aibridge.logs", "aibridge.metrics", "aibridge.passthrough", "aibridge.relay"],
+    ["aibridge.logs", "aibridge.metrics", "aibridge.passthrough", "aibridge.relay", "aibridge.tracing"],
     ["aibridge.loglines", "aibridge.logwriter"],
     ["aibridge.calling"],
     ["aibridge.sidecalls"],
@@ -54,7 +54,8 @@ LAYERS = [
     ["aibridge.history", "aibridge.toolbox"],
     ["aibridge.guard", "aibridge.headers", "aibridge.identity", "aibridge.providers", "aibridge.upstream"],
     ["aibridge.asgi", "aibridge.deadlines", "aibridge.interruptible", "aibridge.keepalive", "aibridge.masking"],
-    ["aibridge.events"],
+    ["aibridge.spans"],
+    ["aibridge.events", "aibridge.otelenv"],
     # the core
     ["aibridge.conversation"],
     ["aibridge.merger"],

@@ -39,6 +39,7 @@ from aibridge.ledger import WhenUnrecordable
 from aibridge.limits import MAX_BODY_BYTES, MAX_HEADER_BYTES, Limits
 from aibridge.loglines import LogFormat, LogLevel
 from aibridge.mcp.settings import McpServer, check_name as check_server_name
+from aibridge.otelenv import traces_endpoint, traces_headers
 from aibridge.providers import OnDisconnect, Provider, check_base_url, check_name
 from aibridge.wire.turns import UsagePolicy
 
@@ -243,6 +244,47 @@ class DumpSettings(_Section):
     max_hours: float = Field(default=MAX_HOURS, gt=0, description="age at which dumps are deleted")
 
 
+class TracingSettings(_Section):
+    """``[tracing]``"""
+
+    endpoint: str | None = Field(default=None, description="URL of an OTLP/HTTP receiver; without one there are no traces")
+    headers: dict[str, Secret] = Field(default_factory=dict, description="sent to the receiver with each request")
+    sample_ratio: float | None = Field(
+        default=None, ge=0, le=1, description="of what does not belong to a client's trace, how much is traced"
+    )
+    service_name: str | None = Field(default=None, min_length=1, description="what the gateway is called in traces")
+    content: bool = Field(default=False, description="with prompts, thoughts, the arguments of tools, and errors' words")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_environment_says(cls, given: object) -> object:
+        """Where nothing else is said, OpenTelemetry's own variables say where traces go. Their headers go there only."""
+        if isinstance(given, Mapping) and "endpoint" not in given and (endpoint := traces_endpoint(os.environ)):
+            headers = given.get("headers", {})
+            if isinstance(headers, Mapping):
+                headers = {**traces_headers(os.environ), **headers}
+            return {**given, "endpoint": endpoint, "headers": headers}
+        return given
+
+    @field_validator("endpoint")
+    @classmethod
+    def _is_a_whole_url(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        if "@" in url:
+            raise ValueError("must not hold credentials; use headers")
+        check_base_url(url)
+        return url if urlsplit(url).path.strip("/") else f"{url.removesuffix('/')}/v1/traces"
+
+    @field_validator("headers")
+    @classmethod
+    def _have_names(cls, headers: dict[str, Secret]) -> dict[str, Secret]:
+        for name in headers:
+            if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
+                raise ValueError(f"{name!r} is not the name of a header field")
+        return headers
+
+
 class McpServerSettings(_Section):
     """``[mcp.servers.NAME]``"""
 
@@ -344,6 +386,7 @@ class Settings(BaseSettings):
     limits: LimitSettings = LimitSettings()
     upstream: UpstreamSettings = UpstreamSettings()
     dumps: DumpSettings = DumpSettings()
+    tracing: TracingSettings = Field(default_factory=TracingSettings)
     providers: dict[str, ProviderSettings] = Field(default_factory=dict, validate_default=True)
     mcp: McpSettings = McpSettings()
 

@@ -44,7 +44,13 @@ _LEVELS: Final[dict[LogLevel, int]] = {
     "debug": logging.DEBUG,
 }
 # Beside what we say ourselves they tell of each request to an MCP server, its session, and what it has answered wrong.
-_QUIET: Final = {"alembic": logging.WARNING, "httpx2": logging.WARNING, "mcp": logging.CRITICAL}
+# Of a receiver of traces that is away we want to know once for each batch, not for each attempt.
+_QUIET: Final = {
+    "alembic": logging.WARNING,
+    "httpx2": logging.WARNING,
+    "mcp": logging.CRITICAL,
+    "opentelemetry.exporter": logging.ERROR,
+}
 _COMMIT_SECONDS: Final = 5.0
 
 

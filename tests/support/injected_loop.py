@@ -18,6 +18,7 @@ import openai
 
 from aibridge import MemoryRecorder, Provider, RequestBridge, as_actor
 from aibridge.asgi import App, Receive, Scope, Send
+from aibridge.calling import Tracer
 from aibridge.history import MemoryHistory
 from aibridge.injection import Injection
 from aibridge.records import ToolUsage
@@ -88,6 +89,7 @@ class InnerLoop:
         coding: str = "",
         tools: Mapping[str, Function] | None = TOOLS,
         provider: Provider | None = None,
+        tracer: Tracer | None = None,
         **rules: Any,
     ) -> None:
         self.dialect = dialect
@@ -99,7 +101,7 @@ class InnerLoop:
         self._coding = coding
         injection = None if tools is None else Injection(MemoryToolbox(tools), MemoryHistory(), **rules)
         providers = [Provider.anthropic(), Provider.openai()] if provider is None else [provider]
-        self.bridge = RequestBridge(providers, self.recorder, upstream=self.upstream, injection=injection)
+        self.bridge = RequestBridge(providers, self.recorder, upstream=self.upstream, injection=injection, tracer=tracer)
 
     async def __aenter__(self) -> Self:
         await self.bridge.__aenter__()
