@@ -32,7 +32,10 @@ LAYERS = [
     ["aibridge.bridge"],
     ["aibridge.generation"],
     # the shell: moves bytes, owns clocks and sockets
+    ["aibridge.sampler"],
     ["aibridge.metrics", "aibridge.passthrough", "aibridge.relay"],
+    ["aibridge.metrics.interceptions", "aibridge.metrics.recording", "aibridge.metrics.upstream"],
+    ["aibridge.metrics.series"],
     ["aibridge.sidecalls"],
     ["aibridge.injection", "aibridge.ledger"],
     ["aibridge.recording"],

@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from aibridge.records import Record
+from aibridge.records import Interception, Record
 
 logger = logging.getLogger(__name__)
 
@@ -19,12 +19,22 @@ BreakerState = Literal["closed", "half_open", "open"]
 RefusalReason = Literal["rate", "actor_concurrency", "concurrency"]
 """Why a request was not let in: its actor sends too many, has too many under way, or all together have."""
 
+Destination = Literal["database", "spool"]
+"""Where records are made durable."""
+
 
 class RecordLost(msgspec.Struct, frozen=True):
     """A record could not be kept anywhere. `kind` is the name of its type; both are empty where it cannot even be read."""
 
     interception_id: str
     kind: str
+
+    @classmethod
+    def of(cls, record: Record | None) -> "RecordLost":
+        """The loss of a record; of None where it cannot be read."""
+        if record is None:
+            return cls("", "")
+        return cls(record.id if isinstance(record, Interception) else record.interception_id, type(record).__name__)
 
 
 class RecordsWritten(msgspec.Struct, frozen=True):
@@ -35,7 +45,7 @@ class RecordsWritten(msgspec.Struct, frozen=True):
 
     records: int
     seconds: float
-    to: Literal["database", "spool"]
+    to: Destination
     queued: int
 
 

@@ -35,6 +35,7 @@ from aibridge.identity import Actor, Authenticator, LocalUser, TrustedProxy
 from aibridge.injection import Injection
 from aibridge.metrics import Metrics
 from aibridge.recording import Recorder, SqliteApprovals, SqliteHistory, SqliteRecorder
+from aibridge.sampler import Sampler
 from aibridge.upstream import Upstream
 
 logger = logging.getLogger(__name__)
@@ -68,12 +69,22 @@ class Server:
             for collector in (ProcessCollector, PlatformCollector, GCCollector):
                 collector(registry=self._registry)
         self._recorder = SqliteRecorder(settings.database.path) if recorder is None else recorder
+        metrics = Metrics(self._registry, namespace="aibridge")
+        upstream = upstream_of(settings) if upstream is None else upstream
+        injection = injection_of(settings)
+        self._sampler = Sampler(
+            metrics,
+            recorder=self._recorder,
+            upstream=upstream,
+            toolbox=lambda: injection and injection.toolbox,
+            ready=lambda: self._problem is None,
+        )
         self._bridge = RequestBridge(
             settings.enabled_providers(),
             self._recorder,
-            observers=(Metrics(self._registry, namespace="aibridge"),),
-            upstream=upstream_of(settings) if upstream is None else upstream,
-            injection=injection_of(settings),
+            observers=(metrics,),
+            upstream=upstream,
+            injection=injection,
             when_unrecordable=settings.database.when_unavailable,
             limits=settings.limits.limits(),
         )
@@ -108,19 +119,27 @@ class Server:
     async def __aenter__(self) -> Self:
         """Open what the bridge needs."""
         await self._bridge.__aenter__()
+        await self._sampler.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """End what is under way, and close everything."""
+        await self._sampler.__aexit__(kind, error, traceback)
         await self._bridge.__aexit__(kind, error, traceback)
 
     async def _answer_ready(self, client: ClientConnection) -> None:
         """Whether requests would be served now: not where their start cannot be recorded."""
-        problem = getattr(self._recorder, "problem", None)
+        problem = self._problem
         found = {"ready": problem is None, "reasons": [] if problem is None else [problem]}
         await _answer(client, 200 if problem is None else 503, b"application/json", msgspec.json.encode(found))
+
+    @property
+    def _problem(self) -> str | None:
+        """Why requests would not be served."""
+        problem: str | None = getattr(self._recorder, "problem", None)
+        return problem
 
     async def _identified(self, client: ClientConnection) -> Actor | None:
         """Who is behind a request, which forgets what said so. Without an actor the bridge refuses it."""
