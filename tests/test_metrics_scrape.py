@@ -6,15 +6,22 @@ for how many records there are. What the provider reports as usage is `tests.sup
 
 import asyncio
 import json
+import re
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Final
+from uuid import uuid4
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from aibridge import MemoryRecorder
+from aibridge.server import Server
+from aibridge.upstream import MemoryResponse, MemoryUpstream, UpstreamRequest
+from aibridge.wire.observer import ResponseHead
+from tests.serving import call, scope, settings
 from tests.support.gateway import USER, Scene, Stage, staged
 from tests.support.injected import Calls, Says, Thinks, turn
 from tests.support.injected_dialects import CHAT, MESSAGES
@@ -342,3 +349,58 @@ def test_the_event_loop(script: Script) -> None:
     looks = [script.at[moment].value("event_loop_lag_seconds_count") for moment in ("start", "end", "recovered")]
     assert 0 < looks[0] < looks[1] < looks[2]  # type: ignore[operator]
     assert script.end.value("event_loop_lag_seconds_sum") >= 0  # type: ignore[operator]
+
+
+# ---- whatever clients send ----
+
+ODD: Final = ("", "x" * 500, "two\nlines", '"}')
+
+
+async def test_ten_thousand_random_models_leave_a_bounded_number_of_series() -> None:
+    """And as many tools, programs, paths and methods, of a few people: through a real bridge, in the server.
+
+    What is not random comes in turn, so that all of it has come with all of the rest by the first time we look.
+    """
+    number = 0
+
+    def any_name() -> str:
+        return ODD[number % 4] if number // 112 % 5 == 0 else f"name-{uuid4().hex}"
+
+    def answer(request: UpstreamRequest) -> MemoryResponse:
+        called = {"id": "c", "type": "function", "function": {"name": any_name(), "arguments": "{}"}}
+        choice = {"index": 0, "message": {"role": "assistant", "tool_calls": [called]}, "finish_reason": "tool_calls"}
+        said = {"id": "i", "model": any_name(), "choices": [choice], "usage": {"prompt_tokens": 5, "completion_tokens": 7}}
+        status = (200, 200, 404, 529)[number // 28 % 4]
+        head = ResponseHead(status, [(b"content-type", b"application/json")])
+        return MemoryResponse(head, [json.dumps(said).encode()])
+
+    server = Server(settings(identity={"header": "x-user"}), recorder=MemoryRecorder(), upstream=MemoryUpstream(answer))
+
+    async def ask() -> None:
+        program = (any_name().replace("\n", " "), f"claude-cli/{number}", "codex", "curl/8")[number // 7 % 4]
+        fields = [(b"x-user", b"user-%d" % (number % 7)), (b"user-agent", program.encode())]
+        if number % 10 == 0:
+            method = ("GET", "DELETE", f"M{number}")[number % 3]
+            path = (f"/openai/v1/models/{number}", f"/openai/v1/responses/{number}", f"/{number}")[number % 7 % 3]
+            await call(server, scope(method, path, fields))
+        else:
+            body = {"model": any_name(), "messages": [{"role": "user", "content": "hi"}]}
+            await call(server, scope("POST", CHAT.path, fields), json.dumps(body).encode())
+
+    async def lines() -> dict[str, float]:
+        text = (await call(server, scope("GET", "/metrics"))).body.decode()
+        found = (line.rpartition(" ") for line in text.splitlines() if line.startswith("aibridge_"))
+        return {series: float(value) for series, _, value in found}
+
+    looks = []
+    async with server:
+        for number in range(10_000):
+            await ask()
+            if number in (5_000, 7_500, 9_999):
+                looks.append(await lines())
+    assert looks[0].keys() == looks[1].keys() == looks[2].keys()
+    assert len(looks[0]) < 15_000
+    ended = [(series, value) for series, value in looks[2].items() if series.startswith("aibridge_interceptions_total{")]
+    assert sum(value for _, value in ended) == 9_000, "nothing is left out"
+    models = {match[1] for series, _ in ended if (match := re.search(r'[{,]model="([^"]*)"', series))}
+    assert len(models) == 201 and "other" in models
