@@ -260,3 +260,48 @@ async def test_a_connection_whose_request_was_not_read_is_not_used_again(monkeyp
         writer.close()
         with suppress(ConnectionError):
             await writer.wait_closed()
+
+
+# ---- what there is to tell ----
+
+
+async def test_the_connections_to_each_host() -> None:
+    gate = asyncio.Event()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            head = await reader.readuntil(b"\r\n\r\n")
+            if head.startswith(b"GET /slow"):
+                await gate.wait()
+            writer.write(OK)
+
+    async with listening(talk) as one, listening(talk) as other, client() as upstream:
+        host, other_host = (url.removeprefix("http://") for url in (one, other))
+        assert upstream.connections() == {}
+        slow = asyncio.create_task(upstream.send(UpstreamRequest("GET", f"{one}/slow", [])))
+        for url in (one, one, other):
+            assert await body_of(await upstream.send(UpstreamRequest("GET", url, []))) == b"ok"
+        assert upstream.connections() == {host: (1, 1, 2), other_host: (1, 0, 1)}
+        gate.set()
+        assert await body_of(await slow) == b"ok"
+        assert upstream.connections()[host] == (2, 0, 2)
+        gate.clear()
+        given_up = asyncio.create_task(upstream.send(UpstreamRequest("GET", f"{one}/slow", [])))
+        await asyncio.sleep(0)
+        assert upstream.connections()[host] == (1, 1, 2)
+        given_up.cancel()
+        while upstream.connections()[host].in_use:
+            await asyncio.sleep(0)
+        assert upstream.connections()[host] == (1, 0, 2)
+    while any(connections.in_use for connections in upstream.connections().values()):
+        await asyncio.sleep(0)
+    assert upstream.connections() == {host: (0, 0, 2), other_host: (0, 0, 1)}
+
+
+async def test_what_could_not_be_connected_was_not_opened() -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        async with client() as upstream:
+            with pytest.raises(UpstreamError):
+                await upstream.send(UpstreamRequest("GET", f"http://127.0.0.1:{nobody.getsockname()[1]}", []))
+            assert upstream.connections() == {}

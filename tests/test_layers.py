@@ -32,9 +32,12 @@ LAYERS = [
     ["aibridge.bridge"],
     ["aibridge.generation"],
     # the shell: moves bytes, owns clocks and sockets
+    ["aibridge.sampler"],
     ["aibridge.dumps", "aibridge.otlp"],
     ["aibridge.dumpfiles", "aibridge.dumpfolder"],
     ["aibridge.logs", "aibridge.metrics", "aibridge.passthrough", "aibridge.relay", "aibridge.tracing"],
+    ["aibridge.metrics.interceptions", "aibridge.metrics.recording", "aibridge.metrics.upstream"],
+    ["aibridge.metrics.series"],
     ["aibridge.loglines", "aibridge.logwriter"],
     ["aibridge.calling"],
     ["aibridge.sidecalls"],

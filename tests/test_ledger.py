@@ -15,10 +15,10 @@ import uuid_utils
 
 from aibridge.commands import End
 from aibridge.errors import RecordingFailed
-from aibridge.events import Committed, Event, PassedThrough, RecordLost, notify
+from aibridge.events import Committed, Event, PassedThrough, RecordLost, RecordsReplayed, RecordsWritten, notify
 from aibridge.ledger import Entry, Ledger, WhenUnrecordable, new_id
 from aibridge.recording import MemoryRecorder
-from aibridge.recording.base import LossReport
+from aibridge.recording.base import Report
 from aibridge.records import (
     Interception,
     InterceptionEnded,
@@ -388,18 +388,24 @@ async def test_the_log_does_not_quote_what_could_not_be_stored(caplog: pytest.Lo
     assert "secret" not in caplog.text
 
 
-async def test_what_a_recorder_loses_later_is_counted_too() -> None:
-    class Forgetful(OwnRecorder):
-        def report_losses(self, to: LossReport) -> None:
-            self.tell = to
+async def test_what_a_recorder_tells_is_told_to_the_observers() -> None:
+    class Talkative(OwnRecorder):
+        def report_to(self, report: Report) -> None:
+            self.tell = report
 
     events: list[Event] = []
-    recorder = Forgetful()
+    recorder = Talkative()
     Ledger(recorder, [events.append])
-    recorder.tell(start("x"))
-    recorder.tell(TokenUsage(id="u", interception_id="y", created_at=datetime.now(UTC), completeness="complete"))
-    recorder.tell(None)
-    assert events == [RecordLost("x", "Interception"), RecordLost("y", "TokenUsage"), RecordLost("", "")]
+    told: list[Event] = [RecordsWritten(3, 0.01, "spool", 2), RecordsReplayed(3), RecordLost.of(start("x"))]
+    for event in told:
+        recorder.tell(event)  # type: ignore[arg-type]
+    assert events == told
+
+
+def test_the_loss_of_a_record() -> None:
+    usage = TokenUsage(id="u", interception_id="y", created_at=datetime.now(UTC), completeness="complete")
+    lost = [RecordLost.of(record) for record in (start("x"), usage, None)]
+    assert lost == [RecordLost("x", "Interception"), RecordLost("y", "TokenUsage"), RecordLost("", "")]
 
 
 # ---- cancellation ----

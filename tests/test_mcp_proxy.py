@@ -126,6 +126,7 @@ async def test_every_kind_of_answer(at: Callable[..., McpServer], way: str) -> N
         assert (await call(found, "ask")).is_error
         (about,) = found.states()
         assert (about.state, about.reason) == ("connected", None)
+        assert found.connected() == {"a": True}
         assert (about.server_name, about.server_version) == ("sdk", "1.2.3")
         assert about.protocol_version == ("2025-11-25" if way in ("legacy", "plain") else "2026-07-28")
         assert {tool.tool: tool.reason for tool in about.tools}["either"] == "bad schema: providers refuse anyOf at its top"
@@ -391,6 +392,7 @@ async def test_a_server_that_comes_late_is_connected_in_the_background() -> None
 async def test_an_address_where_no_server_is(modern: Process) -> None:
     async with proxy(McpServer(url=modern.url + "x"), McpServer(url=modern.url + "x", transport="sse")) as found:
         assert [each.reason for each in found.states()] == ["HTTP 404 Not Found"] * 2
+        assert found.connected() == {"a": False, "b": False}
 
 
 @pytest.mark.parametrize(

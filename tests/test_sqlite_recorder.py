@@ -22,6 +22,7 @@ import msgspec
 import pytest
 
 from aibridge.errors import RecordingFailed
+from aibridge.events import RecordLost
 from aibridge.recording import SqliteRecorder, sqlite as sqlite_module, writer as writer_module
 from aibridge.recording.base import RecordsLost
 from aibridge.recording.schema import HEAD
@@ -38,6 +39,7 @@ from aibridge.records import (
 )
 from tests.support.provider import WAIT_SECONDS
 from tests.support.records import NOON, ended, one_of_each, prompt, start, thought, tool, usage
+from tests.support.store import Told
 
 NOON_TEXT = "2026-11-21T12:00:00.123456+00:00"
 
@@ -585,16 +587,17 @@ async def test_poison_loses_itself_only_of_what_is_recorded_together(path: Path,
 
 @pytest.mark.parametrize("name", POISON)
 async def test_poison_in_the_spool_is_counted_once(path: Path, name: str) -> None:
-    lost: list[Record | None] = []
+    told = Told()
     async with SqliteRecorder(path) as recorder:
-        recorder.report_losses(lost.append)
+        recorder.report_to(told.append)
         with database(path) as other:
             other.execute("BEGIN IMMEDIATE")
             outcomes = await record_all(recorder, [*one_of_each(), POISON[name], start("other"), ended("other")])
             other.execute("ROLLBACK")
         await replayed(path)
     refused = [outcome for outcome in outcomes if outcome is not None]
-    assert len(refused) + len(lost) == 1
+    assert len(refused) + len(told.losses) == 1
+    assert told.replayed == 8
     assert statuses(path) == {"i": "completed", "other": "completed"}
 
 
@@ -656,15 +659,15 @@ async def test_what_a_dead_process_had_spooled_is_replayed_before_its_rest_is_cl
         lines = file.readlines()
         file.seek(0)
         file.writelines([b"rubbish\n", *lines, lines[0][:20]])
-    lost: list[Record | None] = []
+    told = Told()
     recorder = SqliteRecorder(path)
-    recorder.report_losses(lost.append)
+    recorder.report_to(told.append)
     async with recorder:
         assert statuses(path) == {"over": "completed", "open": "interrupted"}
         assert rows(path, "interceptions")[1]["instance"] == dead
         assert row(path, "token_usages")["interception_id"] == "over"
         assert not left.exists()
-        assert lost == [None]
+        assert (told.losses, told.replayed) == ([RecordLost.of(None)], 4)
         path.unlink()
         await recorder.record_interception(start("mine"))
         assert statuses(path) == {"mine": "in_progress"}  # what the dead had open was never open here

@@ -12,10 +12,12 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from aibridge.errors import RecordingFailed
+from aibridge.events import RecordLost
 from aibridge.recording import writer as writer_module
 from aibridge.recording.base import RecordsLost
 from aibridge.recording.spool import Spool
@@ -23,7 +25,7 @@ from aibridge.recording.writer import StoreUnavailable, Writer
 from aibridge.records import Record
 from tests.support.provider import WAIT_SECONDS
 from tests.support.records import ended, one_of_each, prompt, start, usage
-from tests.support.store import MemoryStore
+from tests.support.store import MemoryStore, Told
 
 
 class FullSpool(Spool):
@@ -380,28 +382,30 @@ async def test_poison_for_the_spool_loses_itself_only(store: MemoryStore, spool:
 
 
 async def test_what_turns_out_to_be_poison_in_the_replay_is_reported(store: MemoryStore, spool: FullSpool) -> None:
-    lost: list[Record | None] = []
+    told = Told()
     async with running(store, spool) as writer:
-        writer.report_losses(lost.append)
+        writer.report_to(told.append)
         store.unavailable = True
         records = [usage("a"), usage("poison"), usage("b")]
         assert await within_bounds(*(writer.submit(record) for record in records)) == [None] * 3
         store.unavailable = False
-        await until(lambda: bool(lost))
-        assert lost == [usage("poison")]
+        await until(lambda: told.replayed == 2)
+        assert told.losses == [RecordLost.of(usage("poison"))]
+        assert sum(count for to, count in told.written if to == "spool") == 3
     assert store.records == [usage("a"), usage("b")]
 
 
 async def test_a_spool_that_somebody_damaged_is_reported_and_stops_nobody(store: MemoryStore, spool: FullSpool) -> None:
-    lost: list[Record | None] = []
+    told = Told()
     async with running(store, spool) as writer:
-        writer.report_losses(lost.append)
+        writer.report_to(told.append)
         store.unavailable = True
         await within_bounds(writer.submit(usage("a")))
         os.truncate(next(spool.directory.glob("*.jsonl")), 5)
         store.unavailable = False
-        await until(lambda: lost == [None])
+        await until(lambda: told.losses == [RecordLost.of(None)])
         assert await within_bounds(writer.submit(usage("b"))) == [None]
+        assert told.replayed == 0
     assert store.records == [usage("b")]
 
 
@@ -411,6 +415,49 @@ async def test_a_bug_in_the_store_fails_the_batch_and_not_the_thread(store: Memo
         assert [type(outcome) for outcome in await within_bounds(writer.submit(usage("a")))] == [RecordingFailed]
         store.bug = None
         assert await within_bounds(writer.submit(usage("b"))) == [None]
+
+
+# ---- what it tells ----
+
+
+async def test_it_tells_of_each_write_after_who_waited_for_it(store: MemoryStore, spool: FullSpool) -> None:
+    told: list[tuple[Any, bool]] = []
+    async with running(store, spool) as writer:
+        store.gate.clear()
+        first = writer.submit(usage("a"))
+        writer.report_to(lambda event: told.append((event, first.done())))
+        await asyncio.to_thread(store.entered.wait, WAIT_SECONDS)
+        rest = [writer.submit(usage("b"), usage("poison")), writer.submit(usage("c"))]
+        assert writer.queued == 2
+        store.gate.set()
+        await within_bounds(*rest)
+        assert writer.queued == 0
+    (one, others) = told
+    assert (one[0].records, one[0].to, one[0].queued, one[1]) == (1, "database", 2, True)
+    assert (others[0].records, others[0].to, others[0].queued, others[1]) == (2, "database", 0, True)
+    assert one[0].seconds > 0 and others[0].seconds > 0
+
+
+async def test_what_cannot_be_kept_was_not_written(
+    store: MemoryStore, spool: FullSpool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "_GIVE_UP_SECONDS", 0.0)
+    told = Told()
+    async with running(store, spool) as writer:
+        writer.report_to(told.append)
+        store.unavailable = spool.full = True
+        assert [type(outcome) for outcome in await within_bounds(writer.submit(usage("a")))] == [RecordingFailed]
+    assert told == []
+
+
+async def test_what_the_spool_holds(store: MemoryStore, spool: FullSpool) -> None:
+    async with running(store, spool) as writer:
+        assert writer.spool_bytes == 0
+        store.unavailable = True
+        await within_bounds(writer.submit(usage("a")))
+        assert writer.spool_bytes == spool.waiting > 0
+        store.unavailable = False
+        await until(lambda: writer.spool_bytes == 0)
 
 
 # ---- the beginning and the end ----
@@ -425,13 +472,13 @@ async def test_a_start_takes_over_what_the_dead_have_left(store: MemoryStore, tm
     path = next(tmp_path.glob("*.jsonl"))
     with path.open("ab") as file:
         file.write(b"damaged\n")
-    lost: list[Record | None] = []
+    told = Told()
     mine = Spool(tmp_path)
     writer = Writer(store, mine)
-    writer.report_losses(lost.append)
+    writer.report_to(told.append)
     await writer.start()
     assert (store.records, store.instances, store.alive) == (one_of_each(), [dead.instance], [[mine.instance]])
-    await until(lambda: lost == [None])
+    await until(lambda: told.losses == [RecordLost.of(None)] and told.replayed == len(one_of_each()))
     assert not path.exists()
     await writer.stop()
 

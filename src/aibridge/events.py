@@ -11,12 +11,15 @@ from typing import Literal
 import msgspec
 
 from aibridge.breakers import BreakerState
-from aibridge.records import Record
+from aibridge.records import Interception, Record
 
 logger = logging.getLogger(__name__)
 
 RefusalReason = Literal["rate", "actor_concurrency", "concurrency"]
 """Why a request was not let in: its actor sends too many, has too many under way, or all together have."""
+
+Destination = Literal["database", "spool"]
+"""Where records are made durable."""
 
 
 class RecordLost(msgspec.Struct, frozen=True):
@@ -24,6 +27,13 @@ class RecordLost(msgspec.Struct, frozen=True):
 
     interception_id: str
     kind: str
+
+    @classmethod
+    def of(cls, record: Record | None) -> "RecordLost":
+        """The loss of a record; of None where it cannot be read."""
+        if record is None:
+            return cls("", "")
+        return cls(record.id if isinstance(record, Interception) else record.interception_id, type(record).__name__)
 
 
 class RecordsWritten(msgspec.Struct, frozen=True):
@@ -34,7 +44,7 @@ class RecordsWritten(msgspec.Struct, frozen=True):
 
     records: int
     seconds: float
-    to: Literal["database", "spool"]
+    to: Destination
     queued: int
 
 

@@ -8,8 +8,8 @@ import base64
 import re
 import socket
 import ssl
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from string import printable
 from typing import Final, NamedTuple
@@ -21,7 +21,7 @@ import aiohappyeyeballs
 from aibridge.deadlines import Deadlines
 from aibridge.errors import Unsendable, UpstreamError
 from aibridge.httpconnection import UNREACHABLE, Connection, bracketed, declared_length, translated, unreachable
-from aibridge.upstream import UpstreamRequest, UpstreamResponse
+from aibridge.upstream import Connections, UpstreamRequest, UpstreamResponse
 
 _NEXT_ADDRESS_SECONDS: Final = 0.25
 _PORTS: Final = {"http": 80, "https": 443}
@@ -59,6 +59,8 @@ class HttpUpstream:
         self._tls: dict[str | None, ssl.SSLContext] = {}
         self._idle: dict[_Origin, deque[Connection]] = {}
         self._connections: set[Connection] = set()
+        self._open: Counter[str] = Counter()
+        self._opened: Counter[str] = Counter()
         self._deadlines = Deadlines(self._connections, min(1.0, idle_timeout / 4))
         self._place = lru_cache(_MAX_PLACES)(self._find_place)
 
@@ -72,8 +74,19 @@ class HttpUpstream:
         connection = self._take_idle(origin)
         if connection is None:
             connection = await self._connect(origin)
+            self._count(connection, origin.authority)
             self._deadlines.start()
         return await connection.exchange(request, head)
+
+    def connections(self) -> Mapping[str, Connections]:
+        """The connections to each host, by its name and its port where that is not the scheme's."""
+        idle: Counter[str] = Counter()
+        for origin, connections in self._idle.items():
+            idle[origin.authority] += len(connections)
+        return {
+            host: Connections(idle[host], max(self._open[host] - idle[host], 0), opened)
+            for host, opened in self._opened.items()
+        }
 
     async def aclose(self) -> None:
         """Close all connections."""
@@ -83,6 +96,11 @@ class HttpUpstream:
             connection.abort()
         for connection in connections:
             await connection.lost
+
+    def _count(self, connection: "Connection", host: str) -> None:
+        self._opened[host] += 1
+        self._open[host] += 1
+        connection.lost.add_done_callback(lambda _: self._open.subtract((host,)))
 
     def _take_idle(self, origin: _Origin) -> "Connection | None":
         """The connection that was used last, if it is still alive: one that the provider has closed is let go of."""

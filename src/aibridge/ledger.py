@@ -56,16 +56,11 @@ class Ledger:
     _tasks: set[asyncio.Task[None]] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Listen for what the recorder loses when nobody waits for it any more."""
+        """Have the recorder tell the observers what it does."""
         object.__setattr__(self, "together", _together(self.recorder))
-        report_losses = getattr(self.recorder, "report_losses", None)
-        if report_losses is not None:
-            report_losses(self.lose)
-
-    def lose(self, record: Record | None) -> None:
-        """Count a record that could not be kept; None for one that cannot even be read."""
-        event = RecordLost("", "") if record is None else RecordLost(_interception_of(record), type(record).__name__)
-        notify(self.observers, event)
+        report_to = getattr(self.recorder, "report_to", None)
+        if report_to is not None:
+            report_to(partial(notify, self.observers))
 
     def carry_out(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Do something to its end, whatever becomes of who asked for it."""
@@ -85,10 +80,6 @@ def _together(recorder: Recorder) -> Callable[[Sequence[Record]], Awaitable[None
         return None
     together: Callable[[Sequence[Record]], Awaitable[None]] | None = getattr(recorder, "record_together", None)
     return together
-
-
-def _interception_of(record: Record) -> str:
-    return record.id if isinstance(record, Interception) else record.interception_id
 
 
 class Entry:
@@ -312,7 +303,7 @@ class Entry:
             name = type(records[index]).__name__
             logger.error("record lost: %s of interception %s: %s", name, self.interception.id, said)
             self._lost = True
-            self._ledger.lose(records[index])
+            notify(self._ledger.observers, RecordLost.of(records[index]))
 
     def _without_secrets(self, error: str) -> str:
         """Providers quote credentials in their errors; ours must not be among them."""

@@ -38,6 +38,7 @@ from aibridge.injection import Injection
 from aibridge.logs import logging_to_stderr
 from aibridge.metrics import Metrics
 from aibridge.recording import Recorder, SqliteApprovals, SqliteHistory, SqliteRecorder
+from aibridge.sampler import Sampler
 from aibridge.upstream import Upstream
 
 if TYPE_CHECKING:
@@ -75,13 +76,23 @@ class Server:
         self._recorder = SqliteRecorder(settings.database.path) if recorder is None else recorder
         self._dumps = dumps_of(settings)
         self._traces = traces_of(settings)
+        metrics = Metrics(self._registry, namespace="aibridge")
+        upstream = upstream_of(settings) if upstream is None else upstream
+        injection = injection_of(settings)
+        self._sampler = Sampler(
+            metrics,
+            recorder=self._recorder,
+            upstream=upstream,
+            toolbox=lambda: injection and injection.toolbox,
+            ready=lambda: self._problem is None,
+        )
         self._bridge = RequestBridge(
             settings.enabled_providers(),
             self._recorder,
-            observers=(Metrics(self._registry, namespace="aibridge"), *observers),
+            observers=(metrics, *observers),
             tracer=self._traces,
-            upstream=upstream_of(settings) if upstream is None else upstream,
-            injection=injection_of(settings),
+            upstream=upstream,
+            injection=injection,
             dumps=self._dumps,
             when_unrecordable=settings.database.when_unavailable,
             limits=settings.limits.limits(),
@@ -118,12 +129,14 @@ class Server:
         """Open what the bridge needs."""
         await self._bridge.__aenter__()
         await self._dumps.__aenter__()
+        await self._sampler.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """End what is under way, and close everything."""
+        await self._sampler.__aexit__(kind, error, traceback)
         await self._bridge.__aexit__(kind, error, traceback)
         await self._dumps.__aexit__(kind, error, traceback)
         if self._traces is not None:
@@ -131,9 +144,15 @@ class Server:
 
     async def _answer_ready(self, client: ClientConnection) -> None:
         """Whether requests would be served now: not where their start cannot be recorded."""
-        problem = getattr(self._recorder, "problem", None)
+        problem = self._problem
         found = {"ready": problem is None, "reasons": [] if problem is None else [problem]}
         await _answer(client, 200 if problem is None else 503, b"application/json", msgspec.json.encode(found))
+
+    @property
+    def _problem(self) -> str | None:
+        """Why requests would not be served."""
+        problem: str | None = getattr(self._recorder, "problem", None)
+        return problem
 
     async def _identified(self, client: ClientConnection) -> Actor | None:
         """Who is behind a request, which forgets what said so. Without an actor the bridge refuses it."""

@@ -7,7 +7,7 @@ at any time. What opens sockets is in `aibridge.httpclient`; whatever does passe
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -71,6 +71,14 @@ class Upstream(Protocol):
 
     async def aclose(self) -> None:
         """Close all connections."""
+
+
+class Connections(NamedTuple):
+    """The connections to one host: how many are open and idle, how many in use, and how many were ever opened."""
+
+    idle: int
+    in_use: int
+    opened: int
 
 
 class MemoryResponse:

@@ -335,10 +335,11 @@ class Stage:
         provider.handle(self._answer)
 
     @contextmanager
-    def scene(self) -> Iterator[Scene]:
+    def scene(self, *, trouble: str | None = None) -> Iterator[Scene]:
         """A new scene. At its end, what went wrong behind the scene becomes the test's failure.
 
-        That is a request that nobody foresaw, and anything in the process's output that nobody should ever see there.
+        That is a request that nobody foresaw, and anything in the process's output that nobody should ever see there, but
+        for the lines that say which `trouble` was made.
         """
         scene = Scene(self)
         self._scenes[scene.tag] = scene
@@ -350,6 +351,9 @@ class Stage:
             failures, self.provider.failures[:] = self.provider.failures[:], []
         assert not failures, failures
         output = self.gateway.output[written:]
+        if trouble is not None:
+            assert trouble in output, output
+            output = "\n".join(line for line in output.splitlines() if trouble not in line)
         assert not _ALARMING.search(output), output
 
     async def _answer(self, received: Received) -> Reply:

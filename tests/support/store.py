@@ -3,10 +3,28 @@
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
+from aibridge.events import RecordLost, RecordsReplayed, RecordsWritten
 from aibridge.recording.writer import StoreUnavailable
 from aibridge.records import Record
 
 from .provider import WAIT_SECONDS
+
+
+class Told(list[RecordLost | RecordsWritten | RecordsReplayed]):
+    """What a recorder has told."""
+
+    @property
+    def losses(self) -> list[RecordLost]:
+        return [event for event in self if isinstance(event, RecordLost)]
+
+    @property
+    def replayed(self) -> int:
+        return sum(event.records for event in self if isinstance(event, RecordsReplayed))
+
+    @property
+    def written(self) -> list[tuple[str, int]]:
+        """Where to, and how many records."""
+        return [(event.to, event.records) for event in self if isinstance(event, RecordsWritten)]
 
 
 class MemoryStore:

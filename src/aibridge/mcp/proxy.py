@@ -123,6 +123,10 @@ class McpProxy:
             raise Unavailable(refusal)
         return await connection.call(tool.tool, arguments)
 
+    def connected(self) -> Mapping[str, bool]:
+        """Which servers are connected."""
+        return {name: connection.state == "connected" for name, connection in self._connections.items()}
+
     def states(self) -> list[ServerState]:
         """How the servers are, sorted by name."""
         return [self._state(connection) for connection in self._connections.values()]

@@ -4,18 +4,20 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
 from aibridge.errors import RecordingFailed
+from aibridge.events import RecordLost, RecordsReplayed, RecordsWritten
 from aibridge.records import (
     Interception,
     InterceptionEnded,
     ModelThought,
     PromptUsage,
-    Record,
     TokenUsage,
     ToolUsage,
 )
 
-LossReport = Callable[[Record | None], None]
-"""Is told of a record that was durable and is lost all the same; None stands for one that cannot even be read."""
+Report = Callable[[RecordLost | RecordsWritten | RecordsReplayed], None]
+"""Is told, in the event loop, what a recorder does. A `RecordLost` is about a record that was durable, and is lost all the
+same: of others their futures tell.
+"""
 
 
 class RecordsLost(RecordingFailed):
@@ -33,7 +35,7 @@ class Recorder(Protocol):
     What a method raises means that the record is lost.
     A recorder that is an async context manager is entered and left together with the bridge.
     A recorder may also have ``record_model_thought(record: ModelThought)``; without it thoughts are not kept. And it may
-    have ``report_losses(to: LossReport)``, by which it gets to know whom to tell of records that it loses later; and
+    have ``report_to(report: Report)``, by which it gets to know whom to tell what it does; and
     ``record_together(records: Sequence[Record])``, which is called instead of the others, with what is known at one time of
     one interception, and whose awaitable may raise `RecordsLost`. A subclass that overrides one of the others and not this
     is called record by record.

@@ -19,7 +19,7 @@ from typing import Any, Final, Self
 import msgspec
 from msgspec.structs import astuple
 
-from aibridge.recording.base import LossReport
+from aibridge.recording.base import Report
 from aibridge.recording.schema import connect, directory_beside, identity, migrate
 from aibridge.recording.spool import UNENCODABLE, Spool
 from aibridge.recording.writer import StoreUnavailable, Writer
@@ -81,6 +81,16 @@ class SqliteRecorder:
         """Why records cannot be kept at the moment; None where they can, if only in the spool."""
         return self._writer.problem
 
+    @property
+    def queued(self) -> int:
+        """How many submissions wait to be written."""
+        return self._writer.queued
+
+    @property
+    def spool_bytes(self) -> int:
+        """How much the spool holds that is not in the database yet."""
+        return self._writer.spool_bytes
+
     async def __aenter__(self) -> Self:
         """Open the database; close what a dead process left open. Raises OSError, sqlite3.Error or `StoreUnavailable`."""
         await self._writer.start()
@@ -120,9 +130,9 @@ class SqliteRecorder:
         """Records that became known at the same time, of one interception."""
         return self._writer.submit(*records)
 
-    def report_losses(self, to: LossReport) -> None:
-        """Tell of records that were durable in the spool, and then could not be brought into the database."""
-        self._writer.report_losses(to)
+    def report_to(self, report: Report) -> None:
+        """Tell what is written, and of records that were durable in the spool and could not be brought into the database."""
+        self._writer.report_to(report)
 
 
 class UnknownInterception(Exception):

@@ -27,7 +27,8 @@ from functools import partial
 from typing import Final, Protocol
 
 from aibridge.errors import RecordingFailed
-from aibridge.recording.base import LossReport, RecordsLost
+from aibridge.events import Destination, RecordLost, RecordsReplayed, RecordsWritten
+from aibridge.recording.base import RecordsLost, Report
 from aibridge.recording.spool import Batch, Spool
 from aibridge.records import Interception, Record
 
@@ -87,7 +88,7 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._stopping: threading.Thread | None = None
         self._opened: asyncio.Future[None] | None = None
-        self._loss_reports: list[LossReport] = []
+        self._reports: list[Report] = []
         self._store_failed = False
         self._retry_store_at = 0.0
         self._failing_since: float | None = None
@@ -123,9 +124,9 @@ class Writer:
             self._queue.put(None)
             await asyncio.get_running_loop().run_in_executor(None, thread.join)
 
-    def report_losses(self, to: LossReport) -> None:
-        """Tell, in the event loop, of each record that is lost after its future was done."""
-        self._loss_reports.append(to)
+    def report_to(self, report: Report) -> None:
+        """Tell what is written, and of each record that is lost after its future was done."""
+        self._reports.append(report)
 
     @property
     def problem(self) -> str | None:
@@ -133,6 +134,16 @@ class Writer:
         if self._opened is None or not self._opened.done() or self._opened.exception() is not None:
             return "the database is not open"
         return None if self._failing_since is None else "neither database nor spool take records"
+
+    @property
+    def queued(self) -> int:
+        """How many submissions wait to be written, those that are held back included."""
+        return self._queue.qsize() + len(self._held_back)
+
+    @property
+    def spool_bytes(self) -> int:
+        """How much the spool holds that is not in the database yet."""
+        return self._spool.waiting
 
     # ---- in the event loop ----
 
@@ -149,13 +160,19 @@ class Writer:
         for _ in range(min(count, len(self._held_back))):
             self._queue.put(self._held_back.popleft())
 
-    def _complete(self, batch: Sequence[_Item], failed: Mapping[int, str]) -> None:
+    def _complete(self, batch: Sequence[_Item], failed: Mapping[int, str], written: RecordsWritten | None) -> None:
         begin = 0
         for records, future in batch:
             _settle(future, _error(records, begin, failed) if failed else None)
             begin += len(records)
         if self._held_back:
             self._admit(self._max_queued - self._queue.qsize())
+        if written is not None:
+            self._tell(written)
+
+    def _tell(self, event: RecordLost | RecordsWritten | RecordsReplayed) -> None:
+        for report in self._reports:
+            report(event)
 
     def _not_opened(self, opened: asyncio.Future[None], error: Exception) -> None:
         """Nothing that was queued can be kept; the next record tries again."""
@@ -264,11 +281,15 @@ class Writer:
         while True:
             self._replay()
             try:
+                began = time.perf_counter()
                 if self._spool.waiting or not self._store_is_due:  # behind what is there already: the order is kept
+                    to: Destination = "spool"
                     rejected = self._spool.append(records)
                 else:
+                    to = "database"
                     rejected = self._store.write(records, self._spool.instance)
                     self._available()
+                seconds = time.perf_counter() - began
             except StoreUnavailable as error:
                 self._unavailable(error)
             except OSError as error:
@@ -279,7 +300,8 @@ class Writer:
                 self._retry_store_at = 0.0
             else:
                 self._failing_since = None
-                self._answer(batch, {index: f"the record cannot be stored: {why}" for index, why in rejected.items()})
+                failed = {index: f"the record cannot be stored: {why}" for index, why in rejected.items()}
+                self._answer(batch, failed, RecordsWritten(len(records) - len(failed), seconds, to, self.queued))
                 return
 
     def _is_hopeless(self) -> bool:
@@ -296,9 +318,8 @@ class Writer:
         replayed = 0
         try:
             while (batch := self._spool.next_batch()) is not None:
-                self._write_waiting(batch)
+                replayed += self._write_waiting(batch)
                 self._spool.forget(batch)
-                replayed += len(batch.records)
         except (StoreUnavailable, OSError) as error:
             self._unavailable(error)
         else:
@@ -306,21 +327,24 @@ class Writer:
         if replayed:
             logger.warning("replayed %d records from the spool", replayed)
 
-    def _write_waiting(self, batch: Batch) -> None:
-        """Write records that nobody waits for any more. Raises `StoreUnavailable`."""
+    def _write_waiting(self, batch: Batch) -> int:
+        """Write records that nobody waits for any more. Answers how many were. Raises `StoreUnavailable`."""
         rejected = self._store.write(batch.records, batch.instance)
         for index, why in rejected.items():
             record = batch.records[index]
             logger.error("record lost: %s cannot be stored: %s", type(record).__name__, why)
-            self._report_loss(record)
+            self._tell_in_loop(RecordLost.of(record))
         for _ in range(batch.damaged):
             logger.error("record lost: a line of the spool cannot be read")
-            self._report_loss(None)
+            self._tell_in_loop(RecordLost.of(None))
+        written = len(batch.records) - len(rejected)
+        if written:
+            self._tell_in_loop(RecordsReplayed(written))
+        return written
 
-    def _report_loss(self, record: Record | None) -> None:
-        for report in self._loss_reports:
-            if self._opened is not None:
-                _in_loop(self._opened, partial(report, record))
+    def _tell_in_loop(self, event: RecordLost | RecordsReplayed) -> None:
+        if self._opened is not None:
+            _in_loop(self._opened, partial(self._tell, event))
 
     @property
     def _store_is_due(self) -> bool:
@@ -340,9 +364,9 @@ class Writer:
     def _fail(self, batch: Sequence[_Item], reason: str) -> None:
         self._answer(batch, dict.fromkeys(range(sum(len(records) for records, _ in batch)), reason))
 
-    def _answer(self, batch: Sequence[_Item], failed: Mapping[int, str]) -> None:
-        """Complete the futures, with one wake-up of the event loop for all of them."""
-        _in_loop(batch[-1][1], partial(self._complete, batch, failed))
+    def _answer(self, batch: Sequence[_Item], failed: Mapping[int, str], written: RecordsWritten | None = None) -> None:
+        """Complete the futures and tell what was written, with one wake-up of the event loop for all of it."""
+        _in_loop(batch[-1][1], partial(self._complete, batch, failed, written))
 
 
 def _in_loop(future: asyncio.Future[None], call: Callable[[], object]) -> None:
