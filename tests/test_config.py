@@ -82,6 +82,8 @@ SETTINGS: dict[str, tuple[str, str, Any]] = {
     "server.allowed_hosts": ('["a.example", "b"]', "a.example, b", ("a.example", "b")),
     "server.workers": ("4", "4", 4),
     "server.shutdown_grace": ("1.5", "1.5", 1.5),
+    "server.drain_delay": ("2.5", "2.5", 2.5),
+    "server.worker_timeout": ("30", "30", 30.0),
     "database.url": ('"sqlite:////x/y.db"', "sqlite:////x/y.db", "sqlite:////x/y.db"),
     "database.when_unavailable": ('"continue"', "continue", "continue"),
     "identity.header": ('"X-User"', "X-User", "X-User"),
@@ -355,7 +357,7 @@ def test_the_description_is_the_configuration(tmp_path: Path) -> None:
 MISTAKES: list[tuple[str, list[str]]] = [
     ("[servr]\nport = 1", ["servr:", "no such setting", "database, identity, limits, mcp, providers, server, upstream"]),
     ("port = 1", ["port:", "no such setting", "server"]),
-    ("[server]\nprot = 1", ["server.prot:", "no such setting", "allowed_hosts, host, port, shutdown_grace"]),
+    ("[server]\nprot = 1", ["server.prot:", "no such setting", "allowed_hosts, drain_delay, host, port, shutdown_grace"]),
     ("[providers.openai]\nkey = 1", ["providers.openai.key:", "no such setting", "api_key, ask_for_usage, base_url"]),
     ("server = 1", ["server:", "section"]),
     ("providers = 1", ["providers:", "section"]),
