@@ -100,16 +100,16 @@ class Notifier:
 
     async def _give_signs(self) -> None:
         while self._watchdog_seconds is not None:
-            self._tell("WATCHDOG=1")
+            self._tell("WATCHDOG=1", patience=0)
             await asyncio.sleep(self._watchdog_seconds / 2)
 
-    def _tell(self, *assignments: str) -> None:
+    def _tell(self, *assignments: str, patience: float = _SEND_SECONDS) -> None:
         if not self._address:
             return
         lines = (assignment.replace("\n", " ") for assignment in assignments)
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-                sender.settimeout(_SEND_SECONDS)
+                sender.settimeout(patience)
                 sender.sendto("\n".join(lines).encode(), self._address)
         except OSError as error:
             logger.warning("the service manager cannot be told %s: %s", assignments[0], error)
