@@ -84,7 +84,7 @@ def test_as_a_process(command: list[str]) -> None:
     [
         (
             "[server]\nprot = 1",
-            "server.prot: there is no such setting; valid here: allowed_hosts, host, port",
+            "server.prot: there is no such setting; valid here: allowed_hosts, drain_delay, host, port",
         ),
         ('[server]\nport = "x"', "server.port: must be a valid integer"),
         ("[server\n", "aibridge.toml is not TOML"),
@@ -114,7 +114,7 @@ def test_mistakes_on_the_command_line() -> None:
 
 def test_the_command_line_is_stronger(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
-    monkeypatch.setattr("aibridge.server.serve", started.append)
+    monkeypatch.setattr("aibridge.process.serve", lambda settings, *_: started.append(settings))
     Path("other.toml").write_text('[server]\nhost = "::1"\nport = 1')
     monkeypatch.setenv("AIBRIDGE_SERVER__PORT", "2")
     for arguments in ([], ["--port", "3"], ["--host", "127.0.0.2", "--port", "3"]):

@@ -5,15 +5,18 @@ Truth: RFC 9110 and 9112 (section numbers below), the ASGI specification (HTTP, 
 
 import asyncio
 import gc
+import os
+import socket
+import sys
 import tracemalloc
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
 
 from aibridge.asgi import Receive, Scope, Send
 from aibridge.httpexchange import Exchange
-from aibridge.httpserver import HttpServer, bound
+from aibridge.httpserver import HttpServer, bound, stop_handshakes
 from tests.support.provider import WAIT_SECONDS, Gate
 from tests.support.rawclient import RawClient
 from tests.support.site import (
@@ -352,7 +355,7 @@ async def test_the_server_waits_for_responses_and_only_for_those() -> None:
         await client.head()
         await site.until(lambda: len(site.connections) == 3 and any(one._reads_head for one in site.connections))
         stop = await stopping(site, WAIT_SECONDS)
-        assert await idle.closed() == b"" and await begun.closed() == b""
+        assert await idle.closed() == b"" and statuses(await begun.closed()) == [408]
         app.gate.set()
         assert await client.rest() == (b"onetwo", True)
         assert await client.closed() == b""
@@ -363,6 +366,7 @@ async def test_the_server_waits_for_responses_and_only_for_those() -> None:
 
 
 async def test_the_last_response_says_that_it_is() -> None:
+    """What waits in line by then is answered, and what comes behind the last one is not: section 9.6."""
     held = Gate()
 
     async def late(scope: Scope, receive: Receive, send: Send) -> None:
@@ -374,11 +378,97 @@ async def test_the_last_response_says_that_it_is() -> None:
         await site.until(lambda: site.connections and site.connections[0]._waiting)
         stop = await stopping(site, WAIT_SECONDS)
         held.set()
-        answer = await client.answer()
-        assert (answer.body, answer.head.get("connection")) == (b"ok", "close")
-        assert await client.closed() == b"", "the next one was not begun"
+        for last in (None, "close"):
+            answer = await client.answer()
+            assert (answer.body, answer.head.get("connection")) == (b"ok", last)
+        await client.write(NEXT)
+        assert await client.closed() == b"", "it was not begun"
         await client.leave()
         await stop
+
+
+async def test_what_idle_connections_ask_for_within_a_moment_is_answered() -> None:
+    """A client that has not heard of the end may ask at any instant; also behind a stream whose head said nothing of it."""
+    app = Stream()
+    async with serving(app) as site, site.client() as idle, site.client() as streaming:
+        await streaming.write(GET + b"\r\n")
+        assert (await streaming.head()).get("connection") is None
+        await site.until(lambda: len(site.connections) == 2)
+        stop = await stopping(site, WAIT_SECONDS)
+        app.gate.set()
+        assert await streaming.rest() == (b"onetwo", True)
+        for client in (idle, streaming):
+            await client.write(NEXT)
+            answer = await client.answer()
+            assert (answer.body, answer.head.get("connection")) == (b"onetwo", "close")
+            assert await client.closed() == b""
+            await client.leave()
+        await stop
+
+
+async def test_who_has_sent_something_is_not_idle() -> None:
+    """The event loop may look at the clock before it looks at the sockets."""
+    async with serving(Echo()) as site, site.client() as client:
+        await site.until(lambda: site.connections)
+        (connection,) = site.connections
+        os.write(client._writer.get_extra_info("socket").fileno(), NEXT)  # at once: nothing is awaited
+        connection.expire()
+        assert (await client.answer()).body == b"/next "
+        connection.expire()
+        assert await client.closed() == b""
+
+
+async def test_who_waits_to_be_let_in_is_served() -> None:
+    """A socket that is closed resets those who wait in it. The event loop has not seen these clients."""
+    async with serving(Echo()) as site:
+        address = ("127.0.0.1", int(site.url.rpartition(":")[2]))
+        with ExitStack() as stack:
+            clients = [stack.enter_context(socket.create_connection(address)) for _ in range(20)]
+            for client in clients:
+                client.send(NEXT)
+            stop = asyncio.create_task(site.server.stop(WAIT_SECONDS))
+            for client in clients:
+                answered = await asyncio.to_thread(client.makefile("rb").read)
+                assert answered.endswith(b"/next ") and b"connection: close" in answered
+                client.close()
+            await stop
+
+
+async def test_nobody_comes_in_while_the_socket_is_closed() -> None:
+    if sys.platform != "linux":
+        pytest.skip("only Linux can keep them out")
+    (listener,) = bound("127.0.0.1", 0)
+    with listener, socket.socket() as early, socket.socket() as late:
+        listener.listen()
+        early.connect(listener.getsockname())
+        stop_handshakes([listener])
+        late.settimeout(BRIEF)
+        with pytest.raises(TimeoutError):
+            late.connect(listener.getsockname())
+        accepted, _ = listener.accept()
+        with accepted:
+            early.send(b"x")
+            assert accepted.recv(1) == b"x", "who was in before is not affected"
+
+
+async def test_a_shared_socket_goes_on_without_us() -> None:
+    (listener,) = bound("127.0.0.1", 0)
+    with socket.socket(fileno=os.dup(listener.fileno())) as another:
+        server = HttpServer(Echo(), max_head_bytes=65_536, shared=True)
+        await server.start([listener])
+        await server.stop(1)
+        with socket.create_connection(another.getsockname(), timeout=WAIT_SECONDS):
+            another.accept()[0].close()
+
+
+async def test_winding_down_lets_clients_in() -> None:
+    """And each response says that it is its connection's last one, so that whoever comes back is let in elsewhere."""
+    async with serving(Echo()) as site, site.client() as client:
+        await client.request("GET", "/")
+        site.server.wind_down()
+        assert (await client.request("GET", "/")).head.get("connection") == "close"
+        async with site.client() as another:
+            assert (await another.request("GET", "/")).head.get("connection") == "close"
 
 
 @pytest.mark.parametrize("hurried", [False, True])

@@ -22,9 +22,10 @@ LAYERS = [
     ["aibridge.check", "aibridge.demo", "aibridge.replay", "aibridge.tooling"],
     ["aibridge.supervisor"],
     ["aibridge.worker"],
-    ["aibridge.server"],
+    ["aibridge.process"],
+    ["aibridge.reloading", "aibridge.server"],
     ["aibridge.config"],
-    ["aibridge.httpserver", "aibridge.multiprocess"],
+    ["aibridge.httpserver", "aibridge.multiprocess", "aibridge.systemd"],
     ["aibridge.httpprotocol"],
     ["aibridge.httpexchange"],
     # the library

@@ -115,7 +115,7 @@ async def test_every_line_is_json_from_the_start_to_the_end(workers: int) -> Non
     lines: list[dict[str, Any]] = [json.loads(line) for line in output.splitlines()]
     assert all({"time", "level", "logger", "message"} <= set(line) for line in lines)
     assert max(map(len, output.splitlines())) < 16_384
-    serving = {line.get("worker") for line in lines if line["logger"] == "aibridge.server"}
+    serving = {line.get("worker") for line in lines if line["logger"] == "aibridge.process"}
     assert serving == ({None} if workers == 1 else {1, 2})
     assert any(line["message"].startswith("MCP server gone: not connected") for line in lines)
 

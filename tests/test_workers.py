@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from aibridge.httpserver import bound, shared
 from aibridge.multiprocess import registry_of_all
-from aibridge.server import CannotStart
+from aibridge.process import CannotStart
 from aibridge.supervisor import BackOff, metrics_directory
 from tests.support.crowd import (
     CHAT_STREAM,

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import click
 
 from aibridge import __version__
 from aibridge.config import ConfigurationError, Settings, load
+from aibridge.systemd import UnusableSocket, address_of, handed_over
 
 _config = click.option(
     "--config",
@@ -20,7 +22,7 @@ _config = click.option(
 
 def _load(config: Path | None, **server: Any) -> Settings:
     try:
-        return load(config, server={key: value for key, value in server.items() if value is not None})
+        return load(config, server=server)
     except ConfigurationError as error:
         raise click.ClickException(f"the configuration cannot be used:\n{error}") from None
 
@@ -38,11 +40,17 @@ def main() -> None:
 @click.option("--workers", type=int, help="Processes that serve, such as one for each core.  [default: 1]")
 def serve(config: Path | None, host: str | None, port: int | None, workers: int | None) -> None:
     """Run the gateway."""
-    settings = _load(config, host=host, port=port, workers=workers)
-    from aibridge import server, supervisor  # noqa: PLC0415  the other commands do not need a server
+    given = {key: value for key, value in (("host", host), ("port", port), ("workers", workers)) if value is not None}
+    try:
+        inherited = handed_over()
+    except UnusableSocket as error:
+        raise click.ClickException(str(error)) from None
+    given |= address_of(inherited)
+    settings = _load(config, **given)
+    from aibridge import process, supervisor  # noqa: PLC0415  the other commands do not need a server
 
-    run = server.serve if settings.server.workers == 1 else supervisor.serve
-    run(settings)
+    run = process.serve if settings.server.workers == 1 else supervisor.serve
+    run(settings, partial(load, config, server=given), inherited)
 
 
 @main.command()

@@ -113,6 +113,12 @@ class ServerSettings(_Section):
     shutdown_grace: float = Field(
         default=20.0, ge=0, description="seconds that responses under way get to end after SIGTERM"
     )
+    drain_delay: float = Field(
+        default=0.0, ge=0, description="seconds to let clients in after SIGTERM, while /readyz says that the server stops"
+    )
+    worker_timeout: float = Field(
+        default=60.0, gt=0, description="seconds without an answer after which a worker is taken for hung, and replaced"
+    )
 
     @field_validator("allowed_hosts")
     @classmethod
@@ -433,6 +439,11 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
+        self.check_together()
+        return self
+
+    def check_together(self) -> None:
+        """Raises ValueError for settings that do not go together."""
         for provider in self.enabled_providers():
             if self._serves(provider.base_url):
                 _, variable, _ = _VENDOR_VARIABLES.get(provider.name, ("", "", ""))
@@ -450,7 +461,6 @@ class Settings(BaseSettings):
                 "identity.trusted_proxies must name the networks of the proxies that may set identity.header, such as"
                 f' ["10.0.0.0/8"], because server.host {self.server.host!r} can be reached by others'
             )
-        return self
 
     def _serves(self, url: str) -> bool:
         """Whether a URL leads to this very server."""

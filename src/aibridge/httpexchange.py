@@ -25,7 +25,7 @@ class Connection(Protocol):
 
     @property
     def closing(self) -> bool:
-        """This is the last response."""
+        """The response that begins now is the last one."""
 
     @property
     def write(self) -> Callable[[bytes], None]:
@@ -166,7 +166,8 @@ class Exchange:
             else:
                 self._chunked = True
                 lines.append(b"transfer-encoding: chunked\r\n")
-        if not self.keep_alive or self._connection.closing:
+        self.keep_alive = self.keep_alive and not self._connection.closing
+        if not self.keep_alive:
             lines.append(b"connection: close\r\n")
         head = b"".join(lines)
         if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines):

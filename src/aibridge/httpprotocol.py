@@ -20,6 +20,7 @@ It stands in front of clients that nobody vouches for, so memory and time are bo
 
 import asyncio
 import math
+import select
 import socket
 import struct
 from collections import deque
@@ -36,6 +37,7 @@ from aibridge.errors import BadRequest, BridgeError, HeadersTooLarge, RequestTim
 from aibridge.httpexchange import STATUS_LINES, Exchange
 
 _LAST_WORDS_SECONDS: Final = 2.0
+_LAST_IDLE_SECONDS: Final = 1.0
 _MAX_WAITING: Final = 1000  # each takes a kilobyte, and can be sent in 26 bytes
 _FRAMING: Final = (b"content-length", b"transfer-encoding")
 _TELLING: Final = frozenset({b"host", b"expect", b"transfer-encoding"})
@@ -56,17 +58,38 @@ class Serving:
     connections: "set[HttpProtocol]" = field(default_factory=set)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     when_over: Callable[[], None] = lambda: None
-    """Is called when the last connection has gone, and while the server is closing, when a call has ended."""
+    """Is called when the last connection has gone, and while the server is stopping, when a call has ended."""
     closing: bool = False
+    """Each response that begins is the last one of its connection."""
+    stopping: bool = False
+    """Nobody new is let in."""
     deadlines: Deadlines = field(init=False)
 
     def __post_init__(self) -> None:
         self.deadlines = Deadlines(self.connections, min(1.0, self.request_seconds / 4))
 
+    @property
+    def idle_seconds(self) -> float:
+        """How long a connection may be without a request.
+
+        At the end that is a moment: a connection that is in use is asked for something within it, gets to know with the
+        answer that there are no more, and nobody's request is cut off.
+        """
+        return min(_LAST_IDLE_SECONDS, self.keep_alive_seconds) if self.stopping else self.keep_alive_seconds
+
+    def stop(self) -> None:
+        """Let nobody new in, and answer what is under way and what comes within a moment."""
+        self.closing = self.stopping = True
+        self.deadlines.stop()
+        self.deadlines = Deadlines(self.connections, _LAST_IDLE_SECONDS / 10)
+        self.deadlines.start()
+        for connection in list(self.connections):
+            connection.shut()
+
     def answered(self, task: asyncio.Task[None]) -> None:
         """A call of the application is over."""
         self.tasks.discard(task)
-        if self.closing:
+        if self.stopping:
             self.when_over()
 
 
@@ -98,8 +121,8 @@ class HttpProtocol(asyncio.Protocol):
 
     @property
     def closing(self) -> bool:
-        """This is the last response."""
-        return self._serving.closing
+        """The response that begins now is the last one: nothing that has come by now waits behind it."""
+        return self._serving.closing and not self._waiting
 
     # ---- asyncio's callbacks ----
 
@@ -114,9 +137,7 @@ class HttpProtocol(asyncio.Protocol):
         self._client = (str(peer[0]), int(peer[1])) if isinstance(peer, tuple) else None
         self._server = (str(here[0]), int(here[1])) if isinstance(here, tuple) else None
         self._scheme = "https" if transport.get_extra_info("sslcontext") else "http"
-        self._wait_for(self._serving.keep_alive_seconds)
-        if self._serving.closing:  # accepted in the moment in which the server stopped to listen
-            transport.close()
+        self._wait_for(self._serving.idle_seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  why does not matter
         """The client has gone, or we have hung up."""
@@ -240,7 +261,7 @@ class HttpProtocol(asyncio.Protocol):
             self._reading.end()
             self._deaf = self._deaf or not self._reading.keep_alive  # nothing is read behind the last request
             self._reading = None
-            self._wait_for(math.inf if self._exchange is not None else self._serving.keep_alive_seconds)
+            self._wait_for(math.inf if self._exchange is not None else self._serving.idle_seconds)
 
     # ---- called by exchanges ----
 
@@ -261,10 +282,9 @@ class HttpProtocol(asyncio.Protocol):
 
     def go_on(self, exchange: Exchange) -> None:
         """A response is complete: the next request, if the connection lasts."""
-        last = not exchange.keep_alive or self._serving.closing
-        if exchange.waits_to_be_asked or (exchange.more_body and last):
+        if exchange.waits_to_be_asked or (exchange.more_body and not exchange.keep_alive):
             self._hang_up()  # what comes next could be the body or a request
-        elif last:
+        elif not exchange.keep_alive:
             self._end()
         elif self._waiting:
             self._answer(self._waiting.popleft())
@@ -274,7 +294,7 @@ class HttpProtocol(asyncio.Protocol):
         else:
             self._exchange = None
             idle = self._reading is None and not self._reads_head
-            self._wait_for(self._serving.keep_alive_seconds if idle else self._serving.request_seconds)
+            self._wait_for(self._serving.idle_seconds if idle else self._serving.request_seconds)
             self.read_on()
 
     def give_up(self, exchange: Exchange) -> None:
@@ -290,9 +310,9 @@ class HttpProtocol(asyncio.Protocol):
     # ---- called by the server ----
 
     def shut(self) -> None:
-        """Close the connection, after the response that is under way."""
-        if self._exchange is None:
-            self._transport.close()
+        """Close the connection soon. What comes within a moment is answered, as the last."""
+        if self._exchange is None and not self._hung_up:
+            self._wait_for(self._serving.idle_seconds)
 
     def abort(self) -> None:
         """Drop the connection."""
@@ -307,7 +327,8 @@ class HttpProtocol(asyncio.Protocol):
             if not self._transport.get_write_buffer_size():
                 self._transport.abort()
         elif self._reading is None and not self._reads_head:
-            self._transport.close()
+            if not self._has_mail():
+                self._transport.close()
         elif self._reading is not None or self._exchange is None:  # else it is the next request that has only begun
             self._refuse(RequestTimeout("The request did not come in time."))
 
@@ -315,6 +336,12 @@ class HttpProtocol(asyncio.Protocol):
 
     def _wait_for(self, seconds: float) -> None:
         self.deadline = self._loop.time() + seconds
+
+    def _has_mail(self) -> bool:
+        """Whether something has come that we have not read yet: a request that is as early is not cut off."""
+        poll = select.poll()
+        poll.register(self._transport.get_extra_info("socket").fileno(), select.POLLIN)
+        return bool(poll.poll(0))
 
     def _answer(self, exchange: Exchange) -> None:
         self._exchange = exchange
@@ -398,8 +425,12 @@ class HttpProtocol(asyncio.Protocol):
         self._hang_up()
 
     def _end(self) -> None:
-        """Close the connection behind its last response."""
-        if self._waiting:  # what is still unread would make the system reset the connection (RFC 9112 section 9.6)
+        """Close the connection behind its last response.
+
+        What is still unread would make the system reset it, and the client lose what it has not read (RFC 9112 section 9.6).
+        A client that did not say itself that this is its last request may have sent another one by now.
+        """
+        if self._waiting or self._serving.closing:
             self._hang_up()
         else:
             self._transport.close()

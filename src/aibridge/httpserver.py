@@ -1,9 +1,11 @@
 """The HTTP server: listens for clients, and ends in an orderly way. One connection is in `aibridge.httpprotocol`."""
 
 import asyncio
+import ctypes
 import errno
 import logging
 import socket
+import struct
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -21,13 +23,15 @@ _REQUEST_SECONDS: Final = 60.0
 _BACKLOG: Final = 2048
 _NOT_HERE: Final = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)  # such as IPv6 where the machine has none
 _LAST_RECORDS_SECONDS: Final = 10.0
+_LAST_BYTES_SECONDS: Final = 1.0
+_SO_ATTACH_FILTER: Final = 26  # asm-generic/socket.h; Python has no name for it
 
 
 class HttpServer:
     """Serves one ASGI application, whose lifetime is its owner's business. Times are in seconds, sizes in bytes.
 
     `request_seconds` bounds how long a client may take to send a head, and each piece of a body; `keep_alive_seconds` how
-    long a connection may be idle.
+    long a connection may be idle. `shared`: other processes accept from the same sockets, now or when this one has gone.
     """
 
     def __init__(
@@ -37,29 +41,45 @@ class HttpServer:
         max_head_bytes: int,
         keep_alive_seconds: float = _KEEP_ALIVE_SECONDS,
         request_seconds: float = _REQUEST_SECONDS,
+        shared: bool = False,
     ) -> None:
         self._serving = Serving(app, max_head_bytes, keep_alive_seconds, request_seconds, when_over=self._look_if_over)
-        self._listening: list[asyncio.Server] = []
+        self._protocol = partial(HttpProtocol, self._serving)
+        self._shared = shared
+        self._listening: list[tuple[socket.socket, asyncio.Server]] = []
         self._over = asyncio.Event()  # nothing is under way, or nobody is patient any more
+
+    @property
+    def max_head_bytes(self) -> int:
+        """How large a request's head may be, about."""
+        return self._serving.max_head_bytes
+
+    @max_head_bytes.setter
+    def max_head_bytes(self, size: int) -> None:
+        self._serving.max_head_bytes = size
 
     async def start(self, listeners: Iterable[socket.socket]) -> None:
         """Listen on sockets that are bound."""
         loop = asyncio.get_running_loop()
         for listener in listeners:
-            protocol = partial(HttpProtocol, self._serving)
-            self._listening.append(await loop.create_server(protocol, sock=listener, backlog=_BACKLOG))
+            server = await loop.create_server(self._protocol, sock=listener, backlog=_BACKLOG)
+            self._listening.append((listener, server))
+
+    def wind_down(self) -> None:
+        """From now on each response that begins is the last one of its connection."""
+        self._serving.closing = True
 
     async def stop(self, grace: float) -> None:
-        """Accept nothing more, let responses end within `grace` seconds, then end the rest."""
-        self._serving.closing = True
-        for listening in self._listening:
-            listening.close()
-        for connection in list(self._serving.connections):
-            connection.shut()
+        """Let nobody new in, let responses end within `grace` seconds, then end the rest.
+
+        Nothing is cut off that can be answered: who waits to be let in, is, and what idle connections ask for within a
+        moment is answered.
+        """
+        self._serving.stop()
+        for client in self._close_listeners():
+            await asyncio.get_running_loop().connect_accepted_socket(self._protocol, client)
         self._look_if_over()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(grace):
-                await self._over.wait()
+        await self._until_over(grace)
         tasks = list(self._serving.tasks)
         if tasks:
             logger.warning("%d responses have not ended in time", len(tasks))
@@ -67,6 +87,7 @@ class HttpServer:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=_LAST_RECORDS_SECONDS)
+            await self._until_over(_LAST_BYTES_SECONDS)
         for connection in list(self._serving.connections):
             connection.abort()
 
@@ -74,9 +95,43 @@ class HttpServer:
         """Wait no longer for responses to end."""
         self._over.set()
 
+    def _close_listeners(self) -> list[socket.socket]:
+        """Close the sockets that listen, and answer those that have connected to them. All in one step of the event loop."""
+        if not self._shared:
+            stop_handshakes(listener for listener, _ in self._listening)
+        waiting: list[socket.socket] = []
+        for listener, server in self._listening:
+            with suppress(OSError):  # nobody else waits, or there is no room for them
+                while True:
+                    waiting.append(listener.accept()[0])
+            server.close()
+        self._listening.clear()
+        return waiting
+
+    async def _until_over(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._over.wait()
+
     def _look_if_over(self) -> None:
-        if self._serving.closing and not self._serving.connections and not self._serving.tasks:
+        if self._serving.stopping and not self._serving.connections and not self._serving.tasks:
             self._over.set()
+
+
+def stop_handshakes(listeners: Iterable[socket.socket]) -> None:
+    """Have nobody come into the queues of sockets that listen any more: who waits in one when it is closed is reset.
+
+    On Linux a filter drops all that comes for them (SO_ATTACH_FILTER in socket(7)): who connects now tries again a second
+    later, and is refused then or let in by somebody else. Elsewhere there is no such thing, and who connects between our
+    last look and the close is reset.
+    """
+    if sys.platform != "linux":
+        return
+    drop = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # BPF_RET | BPF_K: keep 0 bytes of a packet
+    program = struct.pack("HP", 1, ctypes.addressof(drop))
+    for listener in listeners:
+        with suppress(OSError):  # not every container lets us
+            listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
 
 
 def bound(host: str, port: int) -> list[socket.socket]:

@@ -1,25 +1,21 @@
-"""The server around the bridge: who may come in, who they are, and the server's own routes; and the process it runs in."""
+"""The server around the bridge: who may come in, who they are, and the server's own routes."""
 
 import asyncio
-import gc
 import logging
 import re
-import resource
-import signal
-import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
-import uvloop
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
     GCCollector,
     PlatformCollector,
     ProcessCollector,
-    disable_created_metrics,
     generate_latest,
 )
 
@@ -31,11 +27,9 @@ from aibridge.errors import BridgeError
 from aibridge.events import Observer
 from aibridge.guard import LoopbackGuard
 from aibridge.httpclient import HttpUpstream
-from aibridge.httpconnection import bracketed
-from aibridge.httpserver import HttpServer, bound
+from aibridge.httpserver import HttpServer
 from aibridge.identity import Actor, Authenticator, LocalUser, TrustedProxy
 from aibridge.injection import Injection
-from aibridge.logs import logging_to_stderr
 from aibridge.metrics import Metrics
 from aibridge.recording import Recorder, SqliteApprovals, SqliteHistory, SqliteRecorder
 from aibridge.sampler import Sampler
@@ -45,12 +39,6 @@ if TYPE_CHECKING:
     from aibridge.otlp import OtlpTraces
 
 logger = logging.getLogger(__name__)
-
-CANNOT_START: Final = 3
-"""The exit status where it cannot."""
-
-_OPEN_FILES: Final = 65_536
-_GARBAGE_THRESHOLD: Final = 20_000
 
 
 class Server:
@@ -73,18 +61,19 @@ class Server:
         if scraped is None:
             for collector in (ProcessCollector, PlatformCollector, GCCollector):
                 collector(registry=self._registry)
+        self._settings = settings
+        self._injection = injection_of(settings)
         self._recorder = SqliteRecorder(settings.database.path) if recorder is None else recorder
         self._dumps = dumps_of(settings)
         self._traces = traces_of(settings)
         metrics = Metrics(self._registry, namespace="aibridge")
         upstream = upstream_of(settings) if upstream is None else upstream
-        injection = injection_of(settings)
         self._sampler = Sampler(
             metrics,
             recorder=self._recorder,
             upstream=upstream,
-            toolbox=lambda: injection and injection.toolbox,
-            ready=lambda: self._problem is None,
+            toolbox=lambda: self._injection and self._injection.toolbox,
+            ready=lambda: not self._problems,
         )
         self._bridge = RequestBridge(
             settings.enabled_providers(),
@@ -92,15 +81,27 @@ class Server:
             observers=(metrics, *observers),
             tracer=self._traces,
             upstream=upstream,
-            injection=injection,
+            injection=self._injection,
             dumps=self._dumps,
             when_unrecordable=settings.database.when_unavailable,
             limits=settings.limits.limits(),
         )
         self._authenticator = _authenticator(settings)
-        self._guard = (
-            LoopbackGuard([settings.server.host, *settings.server.allowed_hosts]) if settings.server.on_loopback else None
-        )
+        self._guard = _guard(settings)
+        self._open = AsyncExitStack()
+        self.draining = False
+        """The process is about to end."""
+        self.notes: Sequence[str] = ()
+        """What whoever asks whether the server is ready should know beside."""
+
+    async def reload(self, settings: Settings) -> None:
+        """Serve the requests that come from now on by other settings. Connections to providers stay; those to MCP servers do
+        where none of these has changed. Raises what opening something new raises; then everything stays as it was.
+        """
+        injection = self._renewed_injection(settings)
+        await self._bridge.reconfigure(settings.enabled_providers(), injection=injection, limits=settings.limits.limits())
+        self._settings, self._injection = settings, injection
+        self._authenticator, self._guard = _authenticator(settings), _guard(settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
@@ -127,32 +128,46 @@ class Server:
 
     async def __aenter__(self) -> Self:
         """Open what the bridge needs."""
-        await self._bridge.__aenter__()
-        await self._dumps.__aenter__()
-        await self._sampler.__aenter__()
+        async with AsyncExitStack() as opened:
+            if self._traces is not None:
+                opened.push_async_callback(self._traces.aclose)
+            for part in (self._dumps, self._bridge, self._sampler):
+                await opened.enter_async_context(part)
+            self._open = opened.pop_all()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """End what is under way, and close everything."""
-        await self._sampler.__aexit__(kind, error, traceback)
-        await self._bridge.__aexit__(kind, error, traceback)
-        await self._dumps.__aexit__(kind, error, traceback)
-        if self._traces is not None:
-            await self._traces.aclose()
+        await self._open.aclose()
+
+    def _renewed_injection(self, settings: Settings) -> Injection | None:
+        new, old = injection_of(settings), self._injection
+        if new is None or old is None:
+            return new
+        rules, before = settings.mcp, self._settings.mcp
+        kept: dict[str, Any] = {}
+        if rules.servers == before.servers:
+            kept["toolbox"] = old.toolbox
+        if (rules.history_days, rules.history_max_bytes) == (before.history_days, before.history_max_bytes):
+            kept["history"] = old.history
+        return replace(new, **kept)
 
     async def _answer_ready(self, client: ClientConnection) -> None:
-        """Whether requests would be served now: not where their start cannot be recorded."""
-        problem = self._problem
-        found = {"ready": problem is None, "reasons": [] if problem is None else [problem]}
-        await _answer(client, 200 if problem is None else 503, b"application/json", msgspec.json.encode(found))
+        """Whether requests should be sent here: not where their start cannot be recorded, or the process is about to end."""
+        problems = self._problems
+        found: dict[str, Any] = {"ready": not problems, "reasons": problems}
+        if self.notes:
+            found["notes"] = self.notes
+        await _answer(client, 503 if problems else 200, b"application/json", msgspec.json.encode(found))
 
     @property
-    def _problem(self) -> str | None:
-        """Why requests would not be served."""
+    def _problems(self) -> list[str]:
+        """Why requests would not be served, or should not be sent here any more."""
         problem: str | None = getattr(self._recorder, "problem", None)
-        return problem
+        problems = [] if problem is None else [problem]
+        return [*problems, "the server is shutting down"] if self.draining else problems
 
     async def _identified(self, client: ClientConnection) -> Actor | None:
         """Who is behind a request, which forgets what said so. Without an actor the bridge refuses it."""
@@ -160,6 +175,12 @@ class Server:
         if self._authenticator.consumes:
             client.without_headers(self._authenticator.consumes)
         return actor
+
+
+def _guard(settings: Settings) -> LoopbackGuard | None:
+    if not settings.server.on_loopback:
+        return None
+    return LoopbackGuard([settings.server.host, *settings.server.allowed_hosts])
 
 
 def _authenticator(settings: Settings) -> Authenticator:
@@ -224,138 +245,6 @@ async def _answer(client: ClientConnection, status: int, content_type: bytes, bo
     await client.finish()
 
 
-class CannotStart(Exception):
-    """What the gateway needs is not to be had. It is raised from what is in the way, or says it."""
-
-
-class Orders:
-    """What a process that serves is told: to stop, and then not to wait for responses under way any more."""
-
-    def __init__(self) -> None:
-        self.stop = asyncio.Event()
-        self.hurry = asyncio.Event()
-        self.signal: signal.Signals | None = None
-        """The signal that said to stop."""
-
-    def obey_signals(self) -> None:
-        """From now on, in the event loop that runs, SIGINT and SIGTERM mean: to stop, and the second one, to hurry."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, self._obey, number)
-
-    def _obey(self, number: signal.Signals) -> None:
-        if self.signal is None:
-            self.signal = number
-            self.stop.set()
-        else:
-            self.hurry.set()
-
-
-def serve(settings: Settings) -> None:
-    """Run the server until it is told to stop. SIGTERM lets responses end within the grace period.
-
-    Raises SystemExit where it cannot start. Ends by the signal that it obeyed, for whoever sent it to see.
-    """
-    raise_open_file_limit()
-    disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each one, which nobody reads
-    with logging_to_stderr(**settings.log.model_dump()) as log:
-        listeners = bound_or_exit(settings)
-        try:
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                stop = runner.run(_serve(settings, listeners, log))
-        except CannotStart as error:
-            logger.error("the gateway cannot start", exc_info=error.__cause__)  # noqa: TRY400  ours adds nothing
-            raise SystemExit(CANNOT_START) from None
-    end_by(stop)
-
-
-async def _serve(settings: Settings, listeners: Sequence[socket.socket], log: Observer) -> signal.Signals | None:
-    orders = Orders()
-    orders.obey_signals()
-    server = Server(settings, observers=[log])
-    await run(server, settings, listeners, orders, lambda: logger.info("listening on %s", urls(listeners)))
-    return orders.signal
-
-
-async def run(
-    server: Server, settings: Settings, listeners: Sequence[socket.socket], orders: Orders, when_ready: Callable[[], object]
-) -> None:
-    """Serve until there is the order to stop. `when_ready` is called when clients are accepted. Raises `CannotStart`."""
-    loop = asyncio.get_running_loop()
-    stop = loop.create_task(orders.stop.wait())
-    starting = loop.create_task(server.__aenter__())
-    await asyncio.wait({stop, starting}, return_when=asyncio.FIRST_COMPLETED)
-    if not starting.done():  # MCP servers may take long
-        starting.cancel()
-        await asyncio.wait({starting})
-        logger.info("told to stop before the start was complete")
-        return
-    try:
-        await starting
-    except Exception as error:
-        stop.cancel()
-        raise CannotStart from error
-    http = http_server(server, settings)
-    _collect_garbage_seldom()
-    try:
-        try:
-            await http.start(listeners)
-        except OSError as error:  # somebody else was faster to listen
-            raise CannotStart from error
-        when_ready()
-        await stop
-        logger.info("shutting down: waiting for responses under way")
-        hurry = loop.create_task(orders.hurry.wait())
-        hurry.add_done_callback(lambda _: http.hurry())
-        await http.stop(settings.server.shutdown_grace)
-        hurry.cancel()
-    finally:
-        await server.__aexit__(None, None, None)
-
-
-def http_server(app: App, settings: Settings) -> HttpServer:
+def http_server(app: App, settings: Settings, *, shared: bool = False) -> HttpServer:
     """The HTTP server for an application, as configured."""
-    return HttpServer(app, max_head_bytes=settings.limits.max_header_bytes)
-
-
-def bound_or_exit(settings: Settings) -> list[socket.socket]:
-    """The sockets to listen on, as configured. Raises SystemExit, and says why, where there can be none."""
-    try:
-        return bound(settings.server.host, settings.server.port)
-    except OSError as error:
-        where = f"{settings.server.host} port {settings.server.port}"
-        logger.error("cannot listen on %s: %s", where, (error.strerror or str(error)).lower())  # noqa: TRY400  it says it all
-        raise SystemExit(CANNOT_START) from None
-
-
-def urls(listeners: Sequence[socket.socket]) -> str:
-    """Where clients reach what listens."""
-    return ", ".join(map(_url, listeners))
-
-
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://{bracketed(host)}:{port}"
-
-
-def end_by(stop: signal.Signals | None) -> None:
-    """End this process by the signal that it obeyed."""
-    if stop is not None:
-        signal.signal(stop, signal.SIG_DFL)
-        signal.raise_signal(stop)
-
-
-def _collect_garbage_seldom() -> None:
-    """What was loaded stays, and a request leaves few cycles behind. To look for them every 700 objects, as Python does by
-    default, takes a tenth of all the time (docs/performance.md).
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(_GARBAGE_THRESHOLD)
-
-
-def raise_open_file_limit() -> None:
-    """Each stream takes two sockets; the usual soft limit of 1,024 files is there for programs that use select(2)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return HttpServer(app, max_head_bytes=settings.limits.max_header_bytes, shared=shared)

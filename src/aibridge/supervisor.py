@@ -3,8 +3,8 @@
 Theory of operation. The supervisor binds the sockets and keeps them open. So what has connected to a worker that dies
 waits in the kernel for the one that takes its place, and nobody is refused. It holds one end of a pipe to each worker:
 
-    worker -> supervisor    that it accepts clients, or why it cannot
-    supervisor -> worker    to stop; to hurry
+    worker -> supervisor    that it accepts clients, or why it cannot; that it has heard
+    supervisor -> worker    whether it still answers; to serve by other settings; to drain, to stop, to hurry
     end of file             the supervisor has died, however that happened: the worker stops in an orderly way
 
 Each worker is a new interpreter and no fork of this one: locks, threads and event loops do not survive a fork. What they
@@ -26,14 +26,16 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from aibridge.config import Settings
-from aibridge.httpserver import shared
-from aibridge.logs import logging_to_stderr
+from aibridge.httpserver import shared, stop_handshakes
+from aibridge.logs import logging_to_stderr, set_level
 from aibridge.multiprocess import forget_gauges
-from aibridge.server import CANNOT_START, CannotStart, Orders, bound_or_exit, end_by, raise_open_file_limit, urls
-from aibridge.worker import READY, SIGNALS, Job, Order, work
+from aibridge.process import CANNOT_START, CannotStart, Orders, bound_or_exit, drained, end_by, obey, prepare, urls
+from aibridge.reloading import Configuration, Load
+from aibridge.systemd import Notifier
+from aibridge.worker import READY, SIGNALS, Drain, Hurry, Job, Order, Ping, Reload, Stop, work
 
 logger = logging.getLogger(__name__)
 
@@ -41,21 +43,27 @@ _spawning: Final = multiprocessing.get_context("spawn")
 
 _SETTLED_SECONDS: Final = 10.0
 _FIRST_DELAY: Final = 0.5
+_PING_SECONDS: Final = 5.0
+_LAST_WORDS_SECONDS: Final = 2.0
 _LAST_DELAY: Final = 10.0  # clients wait for as long, those whose connections are for that worker
 
 
-def serve(settings: Settings) -> None:
+def serve(settings: Settings, load: Load, inherited: Sequence[socket.socket] = ()) -> None:
     """Run workers until told to stop. SIGTERM lets responses end within the grace period.
 
-    Raises SystemExit where they cannot start. Ends by the signal that it obeyed, for whoever sent it to see.
+    `load` reads the configuration anew, on SIGHUP. `inherited` are the sockets to serve on, where there are some. Raises
+    SystemExit where they cannot start. Ends by the signal that it obeyed, for whoever sent it to see.
     """
-    raise_open_file_limit()
+    prepare()
+    notifier = Notifier.of_environment()
+    count = settings.server.workers
     with logging_to_stderr(**settings.log.model_dump()):
-        listeners = bound_or_exit(settings)
+        listeners = inherited or bound_or_exit(settings)
         try:
-            groups = _shared(listeners, settings.server.workers)
+            groups = [list(inherited)] * count if inherited else _shared(listeners, count)
             with metrics_directory() as metrics, asyncio.Runner() as runner:
-                stop = runner.run(_serve(settings, groups, metrics))
+                supervisor = _Supervisor(Configuration(settings, load), groups, metrics, inherited=bool(inherited))
+                stop = runner.run(supervisor.run(notifier))
         except CannotStart as error:
             logger.error("the gateway cannot start: %s", error)  # noqa: TRY400  it says it all
             raise SystemExit(CANNOT_START) from None
@@ -69,38 +77,83 @@ def _shared(listeners: Sequence[socket.socket], count: int) -> list[list[socket.
         raise CannotStart(f"cannot listen on {urls(listeners)}: {error}") from error
 
 
-async def _serve(settings: Settings, groups: Sequence[Sequence[socket.socket]], metrics: Path) -> signal.Signals | None:
-    where = urls(groups[0])
-    orders = Orders()
-    orders.obey_signals()
-    places = [_Place(Job(number, settings, group, metrics), orders) for number, group in enumerate(groups, 1)]
-    starting = asyncio.gather(*(place.began for place in places))
-    stop = asyncio.create_task(orders.stop.wait())
-    waiting: list[asyncio.Future[Any]] = [starting, stop]
-    async with asyncio.TaskGroup() as keeping:
-        for place in places:
-            keeping.create_task(place.keep())
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():
-            logger.info("told to stop before the start was complete")
-        elif starting.exception() is None:
-            logger.info("listening on %s (%d workers)", where, len(places))
-            await stop
-        orders.stop.set()  # where one of them cannot start, the others need not
-        for listener in {listener for group in groups for listener in group}:
-            listener.close()  # as the workers do: who connects from now on is refused
-    if starting.done():
-        await starting
-    return orders.signal
+class _Orders(Orders):
+    """For the supervisor there is a step between the order to stop and that to its workers: `closed` is set behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed = asyncio.Event()
+
+
+class _Supervisor:
+    """Keeps the places of the workers filled, each with its group of sockets."""
+
+    def __init__(
+        self, configuration: Configuration, groups: Sequence[Sequence[socket.socket]], metrics: Path, *, inherited: bool
+    ) -> None:
+        self._configuration = configuration
+        self._groups = groups
+        self._metrics = metrics
+        self._inherited = inherited
+        self._places: list[_Place] = []
+
+    async def run(self, notifier: Notifier) -> signal.Signals | None:
+        """Run workers until told to stop. Answers the signal that said so. Raises `CannotStart`."""
+        where = f"listening on {urls(self._groups[0])} ({len(self._groups)} workers)"
+        orders = _Orders()
+        orders.obey_signals()
+        for number, group in enumerate(self._groups, 1):
+            self._places.append(_Place(number, group, self._metrics, self._configuration, orders))
+        starting = asyncio.gather(*(place.began for place in self._places))
+        with notifier.signs_of_life():
+            async with asyncio.TaskGroup() as keeping:
+                for place in self._places:
+                    keeping.create_task(place.keep())
+                if not await orders.unless_stopped(asyncio.wait({starting})):
+                    logger.info("told to stop before the start was complete")
+                elif starting.exception() is None:
+                    logger.info(where)
+                    await obey(orders, notifier, where, self._reload)
+                    await drained(self._configuration.settings, orders)
+                orders.stop.set()  # where one of them cannot start, the others need not
+                self._close()
+                orders.closed.set()
+        if starting.done():
+            await starting
+        return orders.signal
+
+    async def _reload(self) -> None:
+        async def take_over(settings: Settings) -> None:
+            """The workers do the rest."""
+            set_level(settings.log.level)
+
+        await self._configuration.reload(take_over)
+        for place in self._places:
+            place.news.set()
+
+    def _close(self) -> None:
+        """Who connects from now on is refused, as soon as the workers have closed the sockets, too."""
+        listeners = {listener for group in self._groups for listener in group}
+        if not self._inherited:
+            stop_handshakes(listeners)
+        for listener in listeners:
+            listener.close()
 
 
 class _Place:
     """The place of one worker, which is filled again when that dies."""
 
-    def __init__(self, job: Job, orders: Orders) -> None:
-        self._job = job
+    def __init__(
+        self, number: int, group: Sequence[socket.socket], metrics: Path, configuration: Configuration, orders: _Orders
+    ) -> None:
+        self._number = number
+        self._group = group
+        self._metrics = metrics
+        self._configuration = configuration
         self._orders = orders
-        self._name = f"worker {job.number}"
+        self._name = f"worker {number}"
+        self.news = asyncio.Event()
+        """Set when there is something new in the configuration."""
         self.began: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when the first worker accepts clients; raises `CannotStart` where it never does."""
 
@@ -123,44 +176,86 @@ class _Place:
 
     async def _fill(self) -> str:
         """The life of one worker. Answers how it ended."""
+        told = self._state()
         ours, theirs = _spawning.Pipe()
-        process = _spawning.Process(target=work, args=(self._job, theirs), name=self._name)
+        job = Job(self._number, told, self._group, self._metrics)
+        process = _spawning.Process(target=work, args=(job, theirs), name=self._name)
         with ours:
             try:
                 with theirs, _signals_blocked():
                     process.start()
             except OSError as error:  # such as for want of memory
                 return f"cannot be started: {error}"
-            passing_on = asyncio.create_task(_pass_on(self._orders, ours))
+            tasks = [asyncio.create_task(_pass_on(self._orders, ours))]
             try:
                 problem = await self._greeting(process, ours)
+                if problem == READY:
+                    tasks.append(asyncio.create_task(self._attend(process, ours, told)))
                 await _readable(process.sentinel)
             finally:
-                passing_on.cancel()
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks)
         process.join()
-        forget_gauges(self._job.metrics, self._job.number)
+        forget_gauges(self._metrics, self._number)
         return _ended(process, problem)
 
-    async def _greeting(self, process: SpawnProcess, worker: "Connection[Order, str]") -> str:
-        """Wait until the worker accepts clients. Answers why it does not; nothing where it does, or has just died."""
+    def _state(self) -> Reload:
+        return Reload(self._configuration.settings, self._configuration.notes)
+
+    async def _greeting(self, process: SpawnProcess, worker: "Connection[Order, str]") -> str | None:
+        """Wait until the worker accepts clients. Answers why it does not; None where it has just died."""
         await _readable(worker.fileno())
         try:
             problem = worker.recv()
         except (EOFError, OSError):
-            return ""
+            return None
         if problem == READY:
             logger.info("%s is ready (process %d)", self._name, process.pid)
             if not self.began.done():
                 self.began.set_result(None)
         return problem
 
+    async def _attend(self, process: SpawnProcess, worker: "Connection[Order, str]", told: Reload) -> None:
+        """Tell a worker what is new in the configuration, and see that it answers. One that hangs is ended.
 
-async def _pass_on(orders: Orders, worker: "Connection[Order, str]") -> None:
+        There is never more than one question without an answer, so that the pipe has room and no worker can block us.
+        """
+        with suppress(EOFError, OSError):  # it has just died
+            while True:
+                patience = self._configuration.settings.server.worker_timeout
+                told, before = self._state(), told
+                worker.send(Ping() if told == before else told)
+                try:
+                    await asyncio.wait_for(_readable(worker.fileno()), patience)
+                except TimeoutError:
+                    logger.error("%s has not answered for %g seconds, it hangs", self._name, patience)  # noqa: TRY400  nothing to add
+                    await _end(process)
+                    return
+                worker.recv()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self.news.wait(), min(_PING_SECONDS, patience / 2))
+                self.news.clear()
+
+
+async def _pass_on(orders: _Orders, worker: "Connection[Order, str]") -> None:
     with suppress(OSError):  # it has just died
         await orders.stop.wait()
-        worker.send("stop")
+        worker.send(Drain())
+        await orders.closed.wait()
+        worker.send(Stop())
         await orders.hurry.wait()
-        worker.send("hurry")
+        worker.send(Hurry())
+
+
+async def _end(process: SpawnProcess) -> None:
+    """End a process that hangs. With SIGABRT it says where, if it can."""
+    assert process.pid is not None  # noqa: S101  it was started
+    os.kill(process.pid, signal.SIGABRT)
+    try:
+        await asyncio.wait_for(_readable(process.sentinel), _LAST_WORDS_SECONDS)
+    except TimeoutError:
+        process.kill()
 
 
 class BackOff:
@@ -177,7 +272,7 @@ class BackOff:
         return delay
 
 
-def _ended(process: SpawnProcess, problem: str) -> str:
+def _ended(process: SpawnProcess, problem: str | None) -> str:
     code = process.exitcode or 0
     how = f"(process {process.pid}) ended " + (f"by signal {-code}" if code < 0 else f"with status {code}")
     return f"{how}: {problem}" if problem else how

@@ -5,29 +5,63 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, TypeAlias
 
 import uvloop
 
 from aibridge.config import Settings
 from aibridge.logs import logging_to_stderr
 from aibridge.multiprocess import count_in_files, registry_of_all
-from aibridge.server import CANNOT_START, CannotStart, Orders, Server, run
+from aibridge.process import CANNOT_START, CannotStart, Orders, Service, obey, prepare
+from aibridge.server import Server
+from aibridge.systemd import Notifier
 
 logger = logging.getLogger(__name__)
 
-Order = Literal["stop", "hurry"]
-
-SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """The signals that a worker is started with blocked, until it can obey them."""
 
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """An order not to be ready any more, and to serve on for now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """An order to let responses end, and to end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hurry:
+    """An order not to wait for responses any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """A question whether the event loop runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reload:
+    """An order to serve by these settings from now on, and to have ``/readyz`` say the notes."""
+
+    settings: Settings
+    notes: tuple[str, ...]
+
+
+Order: TypeAlias = Drain | Stop | Hurry | Ping | Reload
+"""What the supervisor tells a worker."""
+
 READY: Final = ""
-"""What a worker sends when it accepts clients. Anything else is why it cannot start."""
+"""What a worker sends when it accepts clients, and whenever it is told something after that, for the supervisor to see that
+its event loop runs. Anything else is why it cannot start.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +69,18 @@ class Job:
     """What makes a worker. `number` counts from 1; `metrics` is the directory where all of them count."""
 
     number: int
-    settings: Settings
+    told: Reload
     listeners: Sequence[socket.socket]
     metrics: Path
 
 
 def work(job: Job, supervisor: "Connection[str, Order]") -> None:
     """Serve until the supervisor says to stop, or has gone. Raises SystemExit where that cannot begin."""
+    prepare()
     count_in_files(job.metrics, job.number)
-    with logging_to_stderr(**job.settings.log.model_dump(), worker=job.number) as log:
-        server = Server(job.settings, observers=[log], scraped=registry_of_all(job.metrics, os.getppid()))
+    settings = job.told.settings
+    with logging_to_stderr(**settings.log.model_dump(), worker=job.number) as log:
+        server = Server(settings, observers=[log], scraped=registry_of_all(job.metrics, os.getppid()))
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(_work(server, job, supervisor))
@@ -54,30 +90,68 @@ def work(job: Job, supervisor: "Connection[str, Order]") -> None:
 
 
 async def _work(server: Server, job: Job, supervisor: "Connection[str, Order]") -> None:
-    orders = Orders()
+    service = Service(server, job.told.settings, shared=True)
+    service.note(job.told.notes)
+    orders = _Told(supervisor, job.told, service.drain)
+    with _listening_to_signals(orders):
+        if await service.start(job.listeners, orders):
+            supervisor.send(READY)
+            await obey(orders, Notifier(), "", lambda: _reload(service, orders.told))
+            await service.stop(orders.hurry)
 
-    def obey() -> None:
+
+async def _reload(service: Service, told: Reload) -> None:
+    notes = told.notes
+    if told.settings != service.settings:
         try:
-            order = supervisor.recv()
+            await service.reload(told.settings)
+        except Exception:
+            logger.exception("the configuration could not be taken over; the old one still holds")
+            notes = ("the configuration could not be taken over, the log says why; the old one still holds",)
+    service.note(notes)
+
+
+class _Told(Orders):
+    """The supervisor's orders. `drain` is called when it says so."""
+
+    def __init__(self, supervisor: "Connection[str, Order]", told: Reload, drain: Callable[[], None]) -> None:
+        super().__init__()
+        self.told = told
+        self._drain = drain
+        self._supervisor = supervisor
+        asyncio.get_running_loop().add_reader(supervisor.fileno(), self._listen)
+
+    def _listen(self) -> None:
+        try:
+            order = self._supervisor.recv()
+            if isinstance(order, Ping | Reload):
+                self._supervisor.send(READY)
         except (EOFError, OSError):
             logger.error("the supervisor has gone")  # noqa: TRY400  that is what the end of the file says
-            asyncio.get_running_loop().remove_reader(supervisor.fileno())
-            order = "stop"
-        (orders.stop if order == "stop" else orders.hurry).set()
-
-    asyncio.get_running_loop().add_reader(supervisor.fileno(), obey)
-    with _listening_to_signals(orders):
-        await run(server, job.settings, job.listeners, orders, lambda: supervisor.send(READY))
+            asyncio.get_running_loop().remove_reader(self._supervisor.fileno())
+            order = Stop()
+        match order:
+            case Drain():
+                self._drain()
+            case Stop():
+                self.stop.set()
+            case Hurry():
+                self.hurry.set()
+            case Reload():
+                self.told = order
+                self.reload.set()
 
 
 @contextmanager
 def _listening_to_signals(orders: Orders) -> Iterator[None]:
     """SIGTERM says to stop, however often it comes: a service manager sends it to all processes, and so to the supervisor,
-    which passes it on. At a keyboard SIGINT goes to all, too, and only the supervisor need mind it.
+    which passes it on. At a keyboard SIGINT goes to all, too, and only the supervisor need mind it; so does the SIGHUP of a
+    terminal.
     """
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, orders.stop.set)
-    loop.add_signal_handler(signal.SIGINT, lambda: None)  # not ignored: programs that we start would inherit that
+    for number in (signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, lambda: None)  # not ignored: programs that we start would inherit that
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         yield

@@ -10,8 +10,8 @@ import json
 import random
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -140,6 +140,86 @@ class Crowd:
                 return
             if one.complete and one.status == 200:
                 self.on_complete()
+
+
+class Regulars:
+    """Clients that go on while gateways come and go: some keep their connections, the others come on a new one each time.
+
+    One that is refused a connection comes back; whatever else goes wrong is a failure. As the pools of real clients do, they
+    look whether the server has closed a connection before they use it again, and leave one whose last response says so.
+    """
+
+    def __init__(self, url: str, *, seed: int = 0, requests: Sequence[Request] = ANY) -> None:
+        self.seen: list[Seen] = []
+        self.failures: list[str] = []
+        self.refused = 0
+        self.kept = 0
+        """How many requests went over a connection that had been used before."""
+        self._url = url
+        self._seed = seed
+        self._requests = requests
+        self._leaving = asyncio.Event()
+
+    @asynccontextmanager
+    async def __call__(self, clients: int) -> AsyncIterator["Regulars"]:
+        """That many clients, half of which keep their connections. At the end each finishes what it has begun."""
+        async with asyncio.TaskGroup() as group:
+            for number in range(clients):
+                choice = random.Random(self._seed * 1000 + number)
+                group.create_task(self._keep(choice) if number % 2 else self._come_anew(choice))
+            try:
+                await self.go_on(clients)
+                yield self
+            finally:
+                self._leaving.set()
+
+    async def go_on(self, count: int) -> None:
+        """Return when that many more responses have come."""
+        target = len(self.seen) + count
+        await until(lambda: len(self.seen) >= target or bool(self.failures), "they are stuck", 60.0)
+
+    async def _come_anew(self, choice: random.Random) -> None:
+        while not self._leaving.is_set():
+            await self._visit(choice, last=True)
+
+    async def _keep(self, choice: random.Random) -> None:
+        while not self._leaving.is_set():
+            await self._visit(choice, last=False)
+
+    async def _visit(self, choice: random.Random, *, last: bool) -> None:
+        """One connection."""
+        try:
+            client = await RawClient(self._url).__aenter__()
+        except ConnectionRefusedError:
+            self.refused += 1
+            await asyncio.sleep(0.05)
+            return
+        used = 0
+        try:
+            while not (client.ended or self._leaving.is_set()):
+                closes = await self._ask(client, choice.choice(self._requests), last=last)
+                self.kept += used > 0
+                used += 1
+                if closes:
+                    return
+                await asyncio.sleep(choice.uniform(0, 0.1))
+        except (OSError, EOFError) as error:  # TimeoutError among them
+            self.failures.append(f"request {used} of a connection: {error!r}")
+        finally:
+            await client.leave()
+
+    async def _ask(self, client: RawClient, request: Request, *, last: bool) -> bool:
+        """Ask, and answer whether this was the last response of the connection."""
+        path, body = request
+        headers = [("Content-Type", "application/json"), *([("Connection", "close")] if last else [])]
+        await client.send("POST", path, headers, body)
+        head = await client.head()
+        received, whole = await client.rest()
+        complete = received.endswith(_LAST_EVENTS) if b'"stream": true' in body else whole
+        if head.status != 200 or not (complete and whole):
+            self.failures.append(f"status {head.status}, {'whole' if whole else 'broken off'}: {received[-200:]!r}")
+        self.seen.append(Seen(head.status, received, complete))
+        return head.get("connection") == "close"
 
 
 @dataclass(frozen=True)

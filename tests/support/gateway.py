@@ -21,7 +21,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,6 +95,8 @@ class Gateway:
         openai_base_url: str = "http://127.0.0.1:9/v1",
         env: Mapping[str, str] | None = None,
         toml: str = "",
+        port: int = 0,
+        handed_over: Sequence[socket.socket] = (),
     ) -> None:
         self._environment = {
             "PATH": os.environ.get("PATH", os.defpath),
@@ -106,6 +108,8 @@ class Gateway:
             **(env or {}),
         }
         self._toml = toml
+        self._port = port
+        self._handed_over = handed_over
 
     def __enter__(self) -> Self:
         self._folder = tempfile.TemporaryDirectory(prefix="gateway-", ignore_cleanup_errors=True)
@@ -139,16 +143,18 @@ class Gateway:
 
     def start(self) -> None:
         """Start the process, in the same folder as before, and wait until it answers."""
-        (self.folder / "aibridge.toml").write_text(self._toml)
+        self.configure(self._toml)
+        descriptors = [listener.fileno() for listener in self._handed_over]
         with (self.folder / "output").open("ab") as output:
             begin = output.tell()
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "aibridge", "serve", "--port", "0"],
+                [sys.executable, *activated(descriptors), "-m", "aibridge", "serve", "--port", str(self._port)],
                 cwd=self.folder,
                 env=self._environment | {"HOME": str(self.folder), "TMPDIR": str(self.folder)},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
+                pass_fds=descriptors,
             )
 
         def listening() -> bool:
@@ -166,6 +172,11 @@ class Gateway:
         except BaseException:
             self.kill()
             raise
+
+    def configure(self, toml: str) -> None:
+        """Write the configuration file."""
+        self._toml = toml
+        (self.folder / "aibridge.toml").write_text(toml)
 
     def stop(self) -> int:
         """End the process as a supervisor does, and answer its exit status."""
@@ -221,6 +232,24 @@ class Gateway:
                 return connection.recv(15).startswith(b"HTTP/1.1 200")
         except OSError:
             return False
+
+
+# What a service manager does before it starts a service (sd_listen_fds(3)): descriptors from 3 on, and who they are for.
+_ACTIVATE: Final = """
+import os, sys
+count = int(sys.argv[1])
+given = [os.dup(int(number)) for number in sys.argv[2:2 + count]]
+for place, descriptor in enumerate(given, 3):
+    os.dup2(descriptor, place)
+    os.set_inheritable(place, True)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(count))
+os.execv(sys.executable, [sys.executable, *sys.argv[2 + count:]])
+"""
+
+
+def activated(descriptors: Sequence[int]) -> list[str]:
+    """What makes a Python program of one that is started with these sockets."""
+    return ["-c", _ACTIVATE, str(len(descriptors)), *map(str, descriptors)] if descriptors else []
 
 
 def _row(row: sqlite3.Row) -> Row:

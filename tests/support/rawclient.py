@@ -145,6 +145,11 @@ class RawClient:
         await self.send(method, target, headers, body)
         return await self.answer()
 
+    @property
+    def ended(self) -> bool:
+        """Whether the server is known to have closed the connection."""
+        return self._reader.at_eof()
+
     async def closed(self) -> bytes:
         """What still comes until the server closes the connection."""
         async with asyncio.timeout(WAIT_SECONDS):

@@ -153,7 +153,7 @@ class Site:
 
 
 @asynccontextmanager
-async def serving(app: Asgi, *, max_head_bytes: int = 65_536, grace: float = 1, **seconds: float) -> AsyncIterator[Site]:
+async def serving(app: Asgi, *, max_head_bytes: int = 65_536, grace: float = 1, **seconds: Any) -> AsyncIterator[Site]:
     (listener,) = bound("127.0.0.1", 0)
     server = HttpServer(app, max_head_bytes=max_head_bytes, **seconds)
     await server.start([listener])
