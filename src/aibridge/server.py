@@ -26,7 +26,7 @@ from prometheus_client import (
 from aibridge.asgi import App, ClientConnection, Receive, Scope, Send
 from aibridge.bridge import RequestBridge
 from aibridge.config import Settings
-from aibridge.errors import BridgeError
+from aibridge.errors import BridgeError, ProviderKind
 from aibridge.guard import LoopbackGuard
 from aibridge.httpclient import HttpUpstream
 from aibridge.httpconnection import bracketed
@@ -103,7 +103,11 @@ class Server:
                 case _:
                     await self._bridge.serve(client, await self._identified(client))
         except BridgeError as error:
-            await client.refuse(self._bridge.kind_of(client.path), error)
+            await client.refuse(self.kind_of(client.path), error)
+
+    def kind_of(self, path: str) -> ProviderKind:
+        """The kind of the provider that a request is for, which says how an error must look to its client."""
+        return self._bridge.kind_of(path)
 
     async def __aenter__(self) -> Self:
         """Open what the bridge needs."""
@@ -140,7 +144,7 @@ def _authenticator(settings: Settings) -> Authenticator:
 
 def upstream_of(settings: Settings) -> Upstream:
     """The connections to the providers, as configured."""
-    return HttpUpstream(connect_timeout=settings.upstream.connect_timeout, idle_timeout=settings.upstream.idle_timeout)
+    return HttpUpstream(**dict(settings.upstream))
 
 
 def injection_of(settings: Settings) -> Injection | None:
@@ -236,7 +240,7 @@ async def run(
     except Exception as error:
         stop.cancel()
         raise CannotStart from error
-    http = http_server(server, settings)
+    http = http_server(server, settings, server.kind_of)
     _collect_garbage_seldom()
     try:
         try:
@@ -254,9 +258,16 @@ async def run(
         await server.__aexit__(None, None, None)
 
 
-def http_server(app: App, settings: Settings) -> HttpServer:
-    """The HTTP server for an application, as configured."""
-    return HttpServer(app, max_head_bytes=settings.limits.max_header_bytes)
+def http_server(app: App, settings: Settings, kind_of: Callable[[str], ProviderKind] = lambda _: "openai") -> HttpServer:
+    """The HTTP server for an application, as configured. `kind_of` says for a path how an error must look."""
+    return HttpServer(
+        app,
+        max_head_bytes=settings.limits.max_header_bytes,
+        keep_alive_seconds=settings.server.keep_alive_timeout,
+        request_seconds=settings.server.request_timeout,
+        write_seconds=settings.server.write_timeout,
+        kind_of=kind_of,
+    )
 
 
 def bound_or_exit(settings: Settings) -> list[socket.socket]:
