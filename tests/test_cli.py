@@ -84,7 +84,7 @@ def test_as_a_process(command: list[str]) -> None:
     [
         (
             "[server]\nprot = 1",
-            "server.prot: there is no such setting; valid here: allowed_hosts, drain_delay, host, port",
+            "server.prot: there is no such setting; valid here: allowed_hosts, ",
         ),
         ('[server]\nport = "x"', "server.port: must be a valid integer"),
         ("[server\n", "aibridge.toml is not TOML"),

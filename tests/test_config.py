@@ -14,8 +14,10 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
+from aibridge.breakers import BreakerRules
 from aibridge.check import describe
 from aibridge.config import ConfigurationError, McpServerSettings, ProviderSettings, Settings, load
+from aibridge.retries import RetryRules
 
 DOCUMENTATION = Path(__file__).parent.parent / "docs" / "configuration.md"
 SECRET = "sk-very-secret-9f8e7d6c"
@@ -87,12 +89,19 @@ SETTINGS: dict[str, tuple[str, str, Any]] = {
     "log.interceptions": ("false", "false", False),
     "server.drain_delay": ("2.5", "2.5", 2.5),
     "server.worker_timeout": ("30", "30", 30.0),
+    "server.request_timeout": ("5", "5", 5.0),
+    "server.keep_alive_timeout": ("6", "6", 6.0),
+    "server.write_timeout": ("7", "7", 7.0),
     "database.url": ('"sqlite:////x/y.db"', "sqlite:////x/y.db", "sqlite:////x/y.db"),
     "database.when_unavailable": ('"continue"', "continue", "continue"),
     "identity.header": ('"X-User"', "X-User", "X-User"),
     "identity.trusted_proxies": ('["10.0.0.0/8", "fd00::/8"]', '["10.0.0.0/8", "fd00::/8"]', ("10.0.0.0/8", "fd00::/8")),
     "limits.max_body_bytes": ("1000", "1000", 1000),
     "limits.max_header_bytes": ("2000", "2000", 2000),
+    "limits.max_concurrent": ("100", "100", 100),
+    "limits.max_concurrent_per_actor": ("10", "10", 10),
+    "limits.requests_per_minute": ("60", "60", 60),
+    "upstream.first_byte_timeout": ("30", "30", 30.0),
     "upstream.connect_timeout": ("0.5", "0.5", 0.5),
     "upstream.idle_timeout": ("60", "60", 60.0),
     "dumps.directory": ('"/x/y"', "/x/y", Path("/x/y")),
@@ -113,6 +122,14 @@ SETTINGS: dict[str, tuple[str, str, Any]] = {
     "tracing.sample_ratio": ("0.5", "0.5", 0.5),
     "tracing.service_name": ('"gateway"', "gateway", "gateway"),
     "tracing.content": ("true", "true", True),
+    "providers.vllm.breaker.enabled": ("true", "true", True),
+    "providers.vllm.breaker.statuses": ("[500, 502]", "500, 502", (500, 502)),
+    "providers.vllm.breaker.threshold": ("3", "3", 3),
+    "providers.vllm.breaker.open_seconds": ("5", "5", 5.0),
+    "providers.vllm.breaker.probes": ("2", "2", 2),
+    "providers.vllm.retries.attempts": ("2", "2", 2),
+    "providers.vllm.retries.statuses": ("[429, 529]", "[429, 529]", (429, 529)),
+    "providers.vllm.retries.max_delay": ("4", "4", 4.0),
     "mcp.usage": ('"last"', "last", "last"),
     "mcp.max_turns": ("3", "3", 3),
     "mcp.max_seconds": ("30", "30", 30.0),
@@ -147,7 +164,13 @@ def test_the_table_has_every_setting() -> None:
 
 
 def _beside(section: str, name: str) -> dict[str, Any]:
-    """What a section needs to be complete beside a key."""
+    """What a section needs to be complete beside a key. A section of a provider's stands in that provider's."""
+    if section.startswith("providers.vllm."):
+        return {f"providers.vllm.{key}": value for key, value in VLLM.items()}
+    return {f"{section}.{key}": value for key, value in _keys_beside(section, name).items()}
+
+
+def _keys_beside(section: str, name: str) -> dict[str, Any]:
     if section == "providers.vllm":
         return {key: value for key, value in VLLM.items() if key != name}
     if section == "mcp.servers.time" and name not in ("url", "command"):
@@ -166,9 +189,8 @@ def test_a_setting_by_file(key: str) -> None:
     literal, _, expected = SETTINGS[key]
     Path("ca.pem").touch()
     section, _, name = key.rpartition(".")
-    beside = (f"{key} = {json.dumps(value)}" for key, value in _beside(section, name).items())
-    lines = [f"[{section}]", f"{name} = {literal}", *beside]
-    assert _plain(value_of(configured("\n".join(lines)), key)) == expected
+    beside = [f"{key} = {json.dumps(value)}" for key, value in _beside(section, name).items()]
+    assert _plain(value_of(configured("\n".join([f"{key} = {literal}", *beside])), key)) == expected
 
 
 @pytest.mark.parametrize("key", SETTINGS)
@@ -178,7 +200,7 @@ def test_a_setting_by_variable(key: str, monkeypatch: pytest.MonkeyPatch) -> Non
     section, _, name = key.rpartition(".")
     for other, value in _beside(section, name).items():
         given = value if isinstance(value, str) else json.dumps(value)
-        monkeypatch.setenv(f"AIBRIDGE_{section}.{other}".upper().replace(".", "__"), given)
+        monkeypatch.setenv(f"AIBRIDGE_{other}".upper().replace(".", "__"), given)
     monkeypatch.setenv("AIBRIDGE_" + key.upper().replace(".", "__"), text)
     assert _plain(value_of(load(), key)) == expected
 
@@ -312,6 +334,33 @@ def test_a_provider_that_is_off_is_checked_all_the_same() -> None:
     assert "providers.x.base_url" in message and "api_key" in message
 
 
+def test_breakers_and_retries_of_a_provider() -> None:
+    settings = configured("""
+        [providers.openai.breaker]
+        enabled = true
+        [providers.openai.retries]
+        attempts = 1
+        [providers.anthropic.breaker]
+        enabled = true
+        threshold = 2
+        [providers.vllm]
+        kind = "openai"
+        base_url = "http://gpu:8000/v1"
+        [providers.vllm.breaker]
+        enabled = true
+        statuses = [500]
+        open_seconds = 1
+        probes = 3
+        """)
+    providers = {provider.name: provider for provider in settings.enabled_providers()}
+    assert providers["openai"].breaker == BreakerRules(frozenset({503, 504}), threshold=5, open_seconds=30, probes=1)
+    assert providers["anthropic"].breaker == BreakerRules(frozenset({503, 504, 529}), threshold=2, open_seconds=30, probes=1)
+    assert providers["vllm"].breaker == BreakerRules(frozenset({500}), threshold=5, open_seconds=1, probes=3)
+    assert providers["openai"].retries == RetryRules(1, frozenset(), 10.0)
+    untouched = configured("").enabled_providers()[0]
+    assert untouched.breaker is None and untouched.retries == RetryRules()
+
+
 # ---- secrets ----
 
 
@@ -373,7 +422,7 @@ MISTAKES: list[tuple[str, list[str]]] = [
         ["servr:", "no such setting", "database, dumps, identity, limits, log, mcp, providers, server, tracing, upstream"],
     ),
     ("port = 1", ["port:", "no such setting", "server"]),
-    ("[server]\nprot = 1", ["server.prot:", "no such setting", "allowed_hosts, drain_delay, host, port, shutdown_grace"]),
+    ("[server]\nprot = 1", ["server.prot:", "no such setting", "valid here: allowed_hosts, ", " port, "]),
     ("[providers.openai]\nkey = 1", ["providers.openai.key:", "no such setting", "api_key, ask_for_usage, base_url"]),
     ("server = 1", ["server:", "section"]),
     ("providers = 1", ["providers:", "section"]),
@@ -393,6 +442,15 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ('[identity]\nheader = "X User"', ["identity.header:"]),
     ('[identity]\ntrusted_proxies = ["10.0.0.1/8"]', ["identity.trusted_proxies:", "10.0.0.1/8", "10.0.0.0/8"]),
     ("[limits]\nmax_body_bytes = 0", ["limits.max_body_bytes:", "greater than 0"]),
+    ("[limits]\nmax_concurrent = 0", ["limits.max_concurrent:", "greater than or equal to 1"]),
+    ("[limits]\nrequests_per_minute = 0.5", ["limits.requests_per_minute:", "integer"]),
+    ("[server]\nwrite_timeout = 0", ["server.write_timeout:", "greater than 0"]),
+    ("[providers.openai.breaker]\nstatuses = [503, 429]", ["providers.openai.breaker.statuses:", "from 500 to 599"]),
+    ("[providers.openai.breaker]\nopen = 1", ["providers.openai.breaker.open:", "no such setting", "open_seconds, probes"]),
+    ("[providers.openai.breaker]\nprobes = 0", ["providers.openai.breaker.probes:", "greater than or equal to 1"]),
+    ("[providers.openai.retries]\nstatuses = [200]", ["providers.openai.retries.statuses:", "from 400 to 599"]),
+    ("[providers.openai.retries]\nattempts = 11", ["providers.openai.retries.attempts:", "less than or equal to 10"]),
+    ("[providers.openai]\nretries = 1", ["providers.openai.retries:", "section"]),
     ("[upstream]\nidle_timeout = 0", ["upstream.idle_timeout:", "greater than 0"]),
     ("[upstream]\nconnect_timeout = nan", ["upstream.connect_timeout:", "finite"]),
     ("[providers.x]", ["providers.x.kind: is required", "providers.x.base_url: is required"]),

@@ -203,6 +203,9 @@ class Wire(asyncio.Transport):
 
     abort = close
 
+    def get_write_buffer_size(self) -> int:
+        return 0
+
     def is_closing(self) -> bool:
         return self.ended
 
@@ -215,7 +218,7 @@ class Wire(asyncio.Transport):
 
 async def spoken(app: Echo, pieces: Sequence[bytes]) -> bytes:
     """What the protocol answers to a connection's bytes, read in these pieces."""
-    serving = Serving(app, 65_536, 60, 60)
+    serving = Serving(app, 65_536, 60, 60, 300, lambda _: "openai")
     wire = Wire(HttpProtocol(serving))
     wire.protocol.connection_made(wire)
     left = list(pieces)

@@ -6,6 +6,7 @@ how patient the server is, is our choice. The timeouts here are tiny, and every 
 """
 
 import asyncio
+import json
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from aibridge.asgi import DIRECT, Receive, Scope, Send
+from aibridge.errors import ProviderKind
 from tests.support.provider import WAIT_SECONDS, Gate
 from tests.support.rawclient import RawClient
 from tests.support.site import (
@@ -20,6 +22,7 @@ from tests.support.site import (
     CHUNKED,
     EXPECT,
     GET,
+    HOST,
     LENGTH,
     NEXT,
     PADDING,
@@ -283,3 +286,83 @@ async def test_a_request_that_is_refused_tells_its_application_once() -> None:
         assert statuses(await client.closed()) == [408]
         await told.wait()
     assert gone == ["gone", "at once"]
+
+
+# ---- clients that do not read ----
+
+
+async def test_a_client_that_never_reads_is_dropped() -> None:
+    app = Pouring(300)
+    async with serving(app, write_seconds=4 * BRIEF) as site, site.client() as client:
+        client._writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await client.write(GET + b"\r\n")
+        await site.until(lambda: site.connections and site.connections[0].drained)
+        await app.ended.wait()
+        await site.until(lambda: not site.connections)
+        assert not site.server._serving.unread
+        client._writer.transport.resume_reading()  # type: ignore[attr-defined]
+        assert not (await client.answer()).complete
+
+
+async def test_a_client_that_reads_slowly_is_not() -> None:
+    """A piece now and then, however long it takes in all."""
+    app = Pouring(100)
+    async with serving(app, write_seconds=20 * BRIEF) as site, site.client() as client:
+        await client.write(GET + b"\r\n")
+        for _ in range(10):
+            await client.exactly(1_000_000)
+            await asyncio.sleep(4 * BRIEF)
+        await app.ended.wait()
+        await site.until(lambda: not site.server._serving.unread)
+        assert site.connections
+
+
+@pytest.mark.parametrize("fields", [(), ((b"connection", b"close"),)], ids=["kept alive", "the last"])
+async def test_a_whole_response_that_nobody_reads(fields: tuple[tuple[bytes, bytes], ...]) -> None:
+    """All of it was written, and the application has ended: its connection must not stay for ever either."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        await respond(send, PADDING * 60, *fields)
+
+    async with serving(answer, write_seconds=4 * BRIEF, keep_alive_seconds=BRIEF) as site, site.client() as client:
+        client._writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await client.write(GET + b"\r\n")
+        await site.until(lambda: site.connections and site.connections[0].drained)
+        await site.until(lambda: not site.connections)
+
+
+async def test_a_refusal_that_nobody_reads() -> None:
+    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+        await respond(send, PADDING * 60, status=413)
+
+    async with serving(refuse, write_seconds=4 * BRIEF) as site, site.client() as client:
+        client._writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await client.write(POST + EXPECT + LENGTH)
+        await site.until(lambda: site.connections and site.connections[0]._hung_up)
+        await site.until(lambda: not site.connections)
+
+
+# ---- the shape of errors ----
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"POST /anthropic/v1/messages?x=/openai HTTP/1.1\r\n" + HOST + LENGTH, 408),
+        (b"POST /anthropic/v1/messages HTTP/1.1\r\n", 408),
+        (b"POST /anthropic/v1/messages HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: gzip\r\n\r\n", 400),
+        (b"POST /anthropic/v1/messages HTTP/1.1\r\n" + HOST + b"X: " + PADDING * 10, 431),
+    ],
+)
+async def test_errors_look_as_the_path_says(sent: bytes, status: int) -> None:
+    asked: list[str] = []
+
+    def kind_of(path: str) -> ProviderKind:
+        asked.append(path)
+        return "anthropic"
+
+    async with serving(Echo(), request_seconds=20 * BRIEF, kind_of=kind_of) as site, site.client() as client:
+        await client.write(sent)
+        answer = await client.answer()
+    assert answer.head.status == status and asked == ["/anthropic/v1/messages"]
+    assert json.loads(answer.body)["type"] == "error", "as Anthropic says it"

@@ -96,6 +96,7 @@ PURE = {
     "functools",
     "hashlib",
     "datetime",  # as a type: see below
+    "itertools",
     "importlib",  # for zstd, which is not in the same place in all versions of Python
     "json",
     "math",

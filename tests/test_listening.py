@@ -42,7 +42,7 @@ async def nothing(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 async def test_who_connects_while_the_server_stops_does_not_hold_it_up() -> None:
-    serving = Serving(nothing, 1000, 75.0, 60.0, stopping=True)
+    serving = Serving(nothing, 1000, 75.0, 60.0, 300.0, lambda _: "openai", stopping=True)
     (listener,) = bound("127.0.0.1", 0)
     server = await asyncio.get_running_loop().create_server(lambda: HttpProtocol(serving), sock=listener)
     async with asyncio.timeout(WAIT_SECONDS):

@@ -27,10 +27,10 @@ from aibridge.events import (
     RecordLost,
     RecordsReplayed,
     RecordsWritten,
-    RefusalReason,
     Refused,
     Retried,
 )
+from aibridge.limits import RefusalReason
 from aibridge.metrics import Bounds, Metrics, Sample
 from aibridge.records import (
     Interception,

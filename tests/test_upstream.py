@@ -40,7 +40,9 @@ from tests.support.tls import Authority
 class Make(Protocol):
     """How an implementation is made; what is not given has the implementation's default."""
 
-    def __call__(self, *, connect_timeout: float = ..., idle_timeout: float = ...) -> Upstream: ...
+    def __call__(
+        self, *, connect_timeout: float = ..., first_byte_timeout: float = ..., idle_timeout: float = ...
+    ) -> Upstream: ...
 
 
 class Dumped:
@@ -586,10 +588,44 @@ async def test_timeout_of_the_connection(make: Make, silent_tls: str) -> None:
 
 async def test_timeout_before_the_head(make: Make, provider: ScriptedProvider) -> None:
     provider.reply(Reply(before=[STALL]))
-    async with opened(make(idle_timeout=SOON)) as upstream:
+    async with opened(make(first_byte_timeout=SOON)) as upstream:
         error = await fails(upstream, to(provider), UpstreamTimeout)
     assert error.status == 504
     await (await provider.exchange()).client_gone.wait()
+
+
+async def test_a_head_that_comes_byte_by_byte_is_none_in_time(make: Make) -> None:
+    """Nor are interim responses the one that is awaited."""
+
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\nx: ")
+        while not writer.is_closing():
+            writer.write(b"x")
+            await asyncio.sleep(SOON / 4)
+
+    async with listening(drip) as origin, opened(make(first_byte_timeout=SOON)) as upstream:
+        await fails(upstream, to(origin), UpstreamTimeout)
+
+
+async def test_a_slow_first_byte_is_not_a_slow_body(make: Make, provider: ScriptedProvider) -> None:
+    """A model thinks for minutes before it says something, and then must not fall silent for as long."""
+    gate = Gate()
+    provider.reply(Reply(before=[Wait(gate)], body=[b"one", STALL, b"never"], framing="length"))
+    async with opened(make(first_byte_timeout=BOUND, idle_timeout=SOON)) as upstream:
+        asked = asyncio.create_task(upstream.send(to(provider)))
+        assert not (await asyncio.wait([asked], timeout=3 * SOON))[0]
+        gate.set()
+        response = await asked
+        with pytest.raises(UpstreamTimeout):
+            await rest(response)
+        response.close()
+
+
+async def test_after_a_large_body_the_head_has_its_own_time(make: Make, provider: ScriptedProvider) -> None:
+    provider.reply(Reply(before=[STALL]))
+    async with opened(make(first_byte_timeout=SOON)) as upstream:
+        await fails(upstream, to(provider, body=bytes(3_000_000)), UpstreamTimeout)
 
 
 @pytest.mark.parametrize("framing", ["chunked", "length", "close"])

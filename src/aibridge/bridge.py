@@ -17,7 +17,7 @@ from aibridge.httpclient import HttpUpstream
 from aibridge.identity import Actor, actor_of
 from aibridge.injection import Injection
 from aibridge.ledger import Ledger, WhenUnrecordable
-from aibridge.limits import Limits
+from aibridge.limits import Admission, Limits
 from aibridge.providers import Provider
 from aibridge.recording.base import Recorder
 from aibridge.upstream import Upstream
@@ -33,7 +33,8 @@ class RequestBridge:
 
     It needs an `Actor` in the scope of each request (`as_actor`) and refuses a request without one. `observers` see every
     event, `Metrics` is one of them; so does a `tracer`, which also carries trace context through. With an `injection`
-    requests get its tools. `limits` hold for this bridge alone. `dumps` keep what goes to providers and comes from them.
+    requests get its tools. `limits` hold for this bridge, not for all processes together. `dumps` keep what goes to
+    providers and comes from them.
 
     Run it inside ``async with bridge:`` in a host that does not forward lifespan events to what it mounts (Starlette and
     FastAPI do not). Entering opens the recorder and connects to MCP servers, leaving ends what is under way, and closes
@@ -55,7 +56,7 @@ class RequestBridge:
     ) -> None:
         self._ledger = Ledger(recorder, observers if tracer is None else (*observers, tracer), when_unrecordable)
         self._upstream = HttpUpstream() if upstream is None else upstream
-        self._common = Common(self._ledger, self._upstream, Breakers(self._tell_breaker), tracer, dumps)
+        self._common = Common(self._ledger, self._upstream, Breakers(self._tell_breaker), Admission(), tracer, dumps)
         self._current = Generation(providers, injection=injection, limits=limits, common=self._common)
         self._generations = [self._current]  # and those before it that still have requests
         self._lent = Lent()

@@ -33,6 +33,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from aibridge.breakers import FAILURES, BreakerRules
 from aibridge.dumps import MAX_BYTES, MAX_DUMP_BYTES, MAX_HOURS
 from aibridge.errors import ProviderKind
 from aibridge.ledger import WhenUnrecordable
@@ -41,6 +42,7 @@ from aibridge.loglines import LogFormat, LogLevel
 from aibridge.mcp.settings import McpServer, check_name as check_server_name
 from aibridge.otelenv import traces_endpoint, traces_headers
 from aibridge.providers import OnDisconnect, Provider, check_base_url, check_name
+from aibridge.retries import RetryRules
 from aibridge.wire.turns import UsagePolicy
 
 if TYPE_CHECKING:
@@ -95,6 +97,7 @@ def _listed(value: object) -> object:
 
 
 Listed = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+Statuses = Annotated[tuple[int, ...], BeforeValidator(_listed)]
 
 
 class _Section(BaseModel):
@@ -118,6 +121,14 @@ class ServerSettings(_Section):
     )
     worker_timeout: float = Field(
         default=60.0, gt=0, description="seconds without an answer after which a worker is taken for hung, and replaced"
+    )
+
+    request_timeout: float = Field(
+        default=60.0, gt=0, description="seconds that a client may take to send a request's head, and each piece of its body"
+    )
+    keep_alive_timeout: float = Field(default=75.0, gt=0, description="seconds that a connection may be without a request")
+    write_timeout: float = Field(
+        default=300.0, gt=0, description="seconds after which a client that reads nothing of its response is given up"
     )
 
     @field_validator("allowed_hosts")
@@ -169,6 +180,51 @@ class DatabaseSettings(_Section):
         return Path(self.url.removeprefix(_SQLITE))
 
 
+class BreakerSettings(_Section):
+    """``[providers.NAME.breaker]``"""
+
+    enabled: bool = Field(default=False, description="give the provider a rest when it fails")
+    statuses: Statuses | None = Field(
+        default=None, description="HTTP statuses that are failures, from 500; by default those of the provider's kind"
+    )
+    threshold: int = Field(default=5, ge=1, description="failures in a row that open the breaker")
+    open_seconds: float = Field(default=30.0, gt=0, description="seconds before requests are let through to try")
+    probes: int = Field(default=1, ge=1, description="how many of those at a time, and how many have to succeed")
+
+    @field_validator("statuses")
+    @classmethod
+    def _are_the_providers_fault(cls, statuses: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if statuses is not None and not all(500 <= status <= 599 for status in statuses):
+            raise ValueError("must be from 500 to 599: a status below is about one request, and a breaker is for all")
+        return statuses
+
+    def rules(self, kind: ProviderKind) -> BreakerRules | None:
+        """When breakers of a provider open and close; None where there are none."""
+        if not self.enabled:
+            return None
+        statuses = FAILURES[kind] if self.statuses is None else frozenset(self.statuses)
+        return BreakerRules(statuses, self.threshold, self.open_seconds, self.probes)
+
+
+class RetrySettings(_Section):
+    """``[providers.NAME.retries]``"""
+
+    attempts: int = Field(default=0, ge=0, le=10, description="how often a request is sent again at most")
+    statuses: Statuses = Field(default=(), description="HTTP statuses for which it is, beside connections that failed")
+    max_delay: float = Field(default=10.0, gt=0, description="seconds to wait for that at most")
+
+    @field_validator("statuses")
+    @classmethod
+    def _are_errors(cls, statuses: tuple[int, ...]) -> tuple[int, ...]:
+        if not all(400 <= status <= 599 for status in statuses):
+            raise ValueError("must be from 400 to 599")
+        return statuses
+
+    def rules(self) -> RetryRules:
+        """When a request is sent again."""
+        return RetryRules(self.attempts, frozenset(self.statuses), self.max_delay)
+
+
 class ProviderSettings(_Section):
     """``[providers.NAME]``"""
 
@@ -185,6 +241,8 @@ class ProviderSettings(_Section):
         default=False, description="write its traffic to files, for debugging: with prompts and answers in clear"
     )
     enabled: bool = Field(default=True, description="false takes the provider away")
+    breaker: BreakerSettings = BreakerSettings()
+    retries: RetrySettings = RetrySettings()
 
     @field_validator("base_url")
     @classmethod
@@ -226,6 +284,11 @@ class LimitSettings(_Section):
 
     max_body_bytes: int = Field(default=MAX_BODY_BYTES, gt=0, description="largest request body")
     max_header_bytes: int = Field(default=MAX_HEADER_BYTES, gt=0, description="largest request head")
+    max_concurrent: int | None = Field(default=None, ge=1, description="intercepted requests under way, of all actors")
+    max_concurrent_per_actor: int | None = Field(
+        default=None, ge=1, description="intercepted requests under way, of one actor"
+    )
+    requests_per_minute: int | None = Field(default=None, ge=1, description="requests to providers, of one actor")
 
     def limits(self) -> Limits:
         """What the bridge takes at most."""
@@ -236,6 +299,11 @@ class UpstreamSettings(_Section):
     """``[upstream]``"""
 
     connect_timeout: float = Field(default=10.0, gt=0, description="seconds to connect to a provider")
+    first_byte_timeout: float = Field(
+        default=600.0,
+        gt=0,
+        description="seconds from a request to the head of its response after which a provider is given up",
+    )
     idle_timeout: float = Field(default=600.0, gt=0, description="seconds without a byte after which a provider is given up")
 
 
@@ -484,6 +552,8 @@ class Settings(BaseSettings):
                 ask_for_usage=given.ask_for_usage,
                 ca_file=str(given.ca_file) if given.ca_file else None,
                 dump=given.dump,
+                breaker=given.breaker.rules(given.kind),
+                retries=given.retries.rules(),
             )
             for name, given in self.providers.items()
             if given.enabled

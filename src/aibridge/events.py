@@ -11,12 +11,10 @@ from typing import Literal
 import msgspec
 
 from aibridge.breakers import BreakerState
+from aibridge.limits import RefusalReason
 from aibridge.records import Interception, Record
 
 logger = logging.getLogger(__name__)
-
-RefusalReason = Literal["rate", "actor_concurrency", "concurrency"]
-"""Why a request was not let in: its actor sends too many, has too many under way, or all together have."""
 
 Destination = Literal["database", "spool"]
 """Where records are made durable."""

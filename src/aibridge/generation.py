@@ -2,6 +2,7 @@
 then on; those that have begun end in their own.
 """
 
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -11,11 +12,12 @@ from aibridge.asgi import ClientConnection
 from aibridge.breakers import Breakers
 from aibridge.calling import Caller, Dumps, Tracer
 from aibridge.errors import HeadersTooLarge, NotAuthenticated, ProviderKind, UnknownRoute
+from aibridge.events import Refused, notify
 from aibridge.identity import Actor
 from aibridge.injection import Injection
 from aibridge.interruptible import Stopping
 from aibridge.ledger import Ledger
-from aibridge.limits import Limits
+from aibridge.limits import Admission, Limits
 from aibridge.passthrough import pass_through
 from aibridge.providers import Provider, Route
 from aibridge.relay import Interceptor, scope_of
@@ -54,6 +56,7 @@ class Common:
     ledger: Ledger
     upstream: Upstream
     breakers: Breakers
+    admission: Admission
     tracer: Tracer | None
     dumps: Dumps | None
 
@@ -82,6 +85,7 @@ class Generation:
             if provider.name in self._callers:
                 raise ValueError(f"two providers are named {provider.name!r}")
             self._callers[provider.name] = common.caller(provider)
+        self._common = common
         self._injection = injection
         self._limits = limits
         self._interceptors = {
@@ -143,13 +147,25 @@ class Generation:
         if actor is None:
             raise NotAuthenticated("Nobody is known to be behind this request.")
         interceptor = self._interceptors.get(client.path) if client.method == "POST" else None
-        if interceptor is not None:
+        if interceptor is None:
+            caller, route, path = self._find(client.method, client.path)
+            self._admit(actor, caller.provider, lasts=False)
+            await self._pass_through(client, actor, caller, route, path)
+            return
+        self._admit(actor, interceptor.provider, lasts=True)
+        try:
             await interceptor.handle(client, actor, stopping=self.stopping)
-        else:
-            await self._pass_through(client, actor)
+        finally:
+            self._common.admission.leave(actor.id)
 
-    async def _pass_through(self, client: ClientConnection, actor: Actor) -> None:
-        caller, route, path = self._find(client.method, client.path)
+    def _admit(self, actor: Actor, provider: Provider, *, lasts: bool) -> None:
+        """Let a request in. Raises `TooManyRequests` or `Overloaded`."""
+        refusal = self._common.admission.admit(actor.id, self._limits, time.monotonic(), lasts=lasts)
+        if refusal is not None:
+            notify(self._common.ledger.observers, Refused(provider.name, actor.id, refusal.reason))
+            raise refusal.error
+
+    async def _pass_through(self, client: ClientConnection, actor: Actor, caller: Caller, route: Route, path: str) -> None:
         adapted = Adapted(path)
         if self._injection is not None and route.about is not None:
             history = scope_of(actor, caller.provider, route.about)

@@ -48,12 +48,16 @@ class HttpUpstream:
     """Pooled keep-alive connections. Implements `aibridge.upstream.Upstream`.
 
     Proxies are taken from HTTP_PROXY, HTTPS_PROXY and NO_PROXY, trusted certificates from the system (or SSL_CERT_FILE)
-    and the request's `ca_file`. `connect_timeout` (look-up, connection, proxy and TLS together) and `idle_timeout` are in
-    seconds; there is no limit on the whole.
+    and the request's `ca_file`. Times are in seconds: `connect_timeout` for look-up, connection, proxy and TLS together,
+    `first_byte_timeout` from a request that was sent to the whole head of its response, `idle_timeout` from one piece of
+    a body to the next, either way. There is no limit on the whole.
     """
 
-    def __init__(self, *, connect_timeout: float = 10.0, idle_timeout: float = 600.0) -> None:
+    def __init__(
+        self, *, connect_timeout: float = 10.0, first_byte_timeout: float = 600.0, idle_timeout: float = 600.0
+    ) -> None:
         self._connect_timeout = connect_timeout
+        self._first_byte_timeout = first_byte_timeout
         self._idle_timeout = idle_timeout
         self._proxies = getproxies()
         self._tls: dict[str | None, ssl.SSLContext] = {}
@@ -61,7 +65,7 @@ class HttpUpstream:
         self._connections: set[Connection] = set()
         self._open: Counter[str] = Counter()
         self._opened: Counter[str] = Counter()
-        self._deadlines = Deadlines(self._connections, min(1.0, idle_timeout / 4))
+        self._deadlines = Deadlines(self._connections, min(1.0, idle_timeout / 4, first_byte_timeout / 4))
         self._place = lru_cache(_MAX_PLACES)(self._find_place)
 
     async def send(self, request: UpstreamRequest) -> UpstreamResponse:
@@ -117,7 +121,8 @@ class HttpUpstream:
 
     async def _connect(self, origin: _Origin) -> "Connection":
         loop = asyncio.get_running_loop()
-        connection = Connection(self._idle_timeout, self._idle.setdefault(origin, deque()), self._connections)
+        pool = self._idle.setdefault(origin, deque())
+        connection = Connection(self._first_byte_timeout, self._idle_timeout, pool, self._connections)
         try:
             tls = self._tls_context(origin.ca_file) if origin.scheme == "https" else None
             async with asyncio.timeout(self._connect_timeout):

@@ -143,9 +143,16 @@ class Response:
 class Connection(asyncio.Protocol):
     """One socket. Reads one response at a time."""
 
-    def __init__(self, idle_timeout: float, pool: "deque[Connection]", connections: "set[Connection]") -> None:
+    def __init__(
+        self,
+        first_byte_timeout: float,
+        idle_timeout: float,
+        pool: "deque[Connection]",
+        connections: "set[Connection]",
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self.lost: asyncio.Future[None] = self._loop.create_future()
+        self._first_byte_timeout = first_byte_timeout
         self._idle_timeout = idle_timeout
         self._pool = pool
         self._connections = connections
@@ -179,7 +186,7 @@ class Connection(asyncio.Protocol):
         try:
             if isinstance(body, bytes) and len(body) <= _AT_ONCE:
                 self._transport.writelines((head, body))
-                self._expect_news()
+                self._expect_head()
             else:
                 self._transport.write(head)
                 pieces, length = (
@@ -280,7 +287,7 @@ class Connection(asyncio.Protocol):
                 self._transport.write(b"0\r\n\r\n")
             await self._drain()
             if self._head is not None:
-                self._expect_news()
+                (self._expect_news if self._head.done() else self._expect_head)()
         except BaseException as error:  # the body breaks off, whatever the reason: so does the request
             failure = translated(error, _UNSENT)
             self._fail(failure if isinstance(failure, UpstreamTimeout) else Unsendable(failure.message))
@@ -294,6 +301,9 @@ class Connection(asyncio.Protocol):
                 await self._writable.wait()
 
     # ---- time ----
+
+    def _expect_head(self) -> None:
+        self.deadline = self._loop.time() + self._first_byte_timeout
 
     def _expect_news(self) -> None:
         self.deadline = self._loop.time() + self._idle_timeout
@@ -352,7 +362,8 @@ class Connection(asyncio.Protocol):
             return
         if not head.done():
             self._head_bytes += len(data)
-        self.deadline = self._loop.time() + self._idle_timeout
+        else:
+            self.deadline = self._loop.time() + self._idle_timeout
         try:
             self._parser.feed_data(data)
             if self._body:

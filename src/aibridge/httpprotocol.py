@@ -8,6 +8,7 @@ It stands in front of clients that nobody vouches for, so memory and time are bo
   application takes it.
 - A head or a body that comes too slowly is refused with 408, a connection without a request is closed after a while. Only
   the client's time counts: not while we do not read, and not while it waits to be asked for its body.
+- A client that reads nothing of what was written for too long is dropped. What its application is told is that it has gone.
 - What cannot be read is refused in its turn, once, and is the last that is answered: where it ends cannot be told. What was
   complete before it is answered as ever. A response that its application leaves unfinished is broken off, so that nobody can
   take it for a whole one.
@@ -33,7 +34,7 @@ from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser, par
 
 from aibridge.asgi import App
 from aibridge.deadlines import Deadlines
-from aibridge.errors import BadRequest, BridgeError, HeadersTooLarge, RequestTimeout, error_body
+from aibridge.errors import BadRequest, BridgeError, HeadersTooLarge, ProviderKind, RequestTimeout, error_body
 from aibridge.httpexchange import STATUS_LINES, Exchange
 
 _LAST_WORDS_SECONDS: Final = 2.0
@@ -46,6 +47,37 @@ _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _ASGI: Final = {"version": "3.0", "spec_version": "2.3"}
 
 
+class Unread:
+    """What one client has not read of what was written to it. Where it reads nothing at all for too long, it is dropped."""
+
+    __slots__ = ("_seconds", "_size", "_transport", "_watched", "deadline")
+
+    def __init__(self, transport: asyncio.Transport, watched: "set[Unread]", seconds: float) -> None:
+        self._transport = transport
+        self._watched = watched
+        self._seconds = seconds
+        self._watched.add(self)
+        self._wait()
+
+    def expire(self) -> None:
+        """Look whether it has read something."""
+        size = self._transport.get_write_buffer_size()
+        if 0 < size < self._size:
+            self._wait()
+        else:
+            self.forget()
+            if size:
+                self._transport.abort()
+
+    def forget(self) -> None:
+        """Look no more."""
+        self._watched.discard(self)
+
+    def _wait(self) -> None:
+        self._size = self._transport.get_write_buffer_size()
+        self.deadline = asyncio.get_running_loop().time() + self._seconds
+
+
 @dataclass(slots=True)
 class Serving:
     """What the connections of one server share. Times are in seconds, sizes in bytes."""
@@ -55,6 +87,10 @@ class Serving:
     keep_alive_seconds: float
     request_seconds: float
     """How long a head may take in all, and a body from one piece to the next."""
+    write_seconds: float
+    """How long a client may read nothing of what was written."""
+    kind_of: Callable[[str], ProviderKind]
+    """How an error must look to who has asked for a path, percent-encoded."""
     connections: "set[HttpProtocol]" = field(default_factory=set)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     when_over: Callable[[], None] = lambda: None
@@ -63,10 +99,13 @@ class Serving:
     """Each response that begins is the last one of its connection."""
     stopping: bool = False
     """Nobody new is let in."""
+    unread: set[Unread] = field(default_factory=set)
     deadlines: Deadlines = field(init=False)
+    write_deadlines: Deadlines = field(init=False)
 
     def __post_init__(self) -> None:
         self.deadlines = Deadlines(self.connections, min(1.0, self.request_seconds / 4))
+        self.write_deadlines = Deadlines(self.unread, min(1.0, self.write_seconds / 4))
 
     @property
     def idle_seconds(self) -> float:
@@ -109,6 +148,7 @@ class HttpProtocol(asyncio.Protocol):
         self._refusal: BridgeError | None = None  # behind the responses that are owed
         self._hung_up = False  # all was said
         self._unread = 0  # received since the parser last came a step further
+        self._unread_by_client: Unread | None = None
         self._target = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._hosts = 0
@@ -150,6 +190,7 @@ class HttpProtocol(asyncio.Protocol):
         self._serving.connections.discard(self)
         if not self._serving.connections:
             self._serving.deadlines.stop()
+            self._serving.write_deadlines.stop()
             self._serving.when_over()
 
     def eof_received(self) -> None:
@@ -160,9 +201,13 @@ class HttpProtocol(asyncio.Protocol):
     def pause_writing(self) -> None:
         """The client is slow to read."""
         self.drained = asyncio.Event()
+        self._watch_reader()
 
     def resume_writing(self) -> None:
         """It has caught up."""
+        if self._unread_by_client is not None:
+            self._unread_by_client.forget()
+            self._unread_by_client = None
         if self.drained is not None:
             self.drained.set()
             self.drained = None
@@ -305,7 +350,7 @@ class HttpProtocol(asyncio.Protocol):
             self._break_off(exchange)
         else:
             exchange.disconnected = True
-            self._say(BridgeError("The gateway failed."), bodiless=exchange.bodiless)
+            self._say(BridgeError("The gateway failed."), exchange)
 
     # ---- called by the server ----
 
@@ -328,7 +373,7 @@ class HttpProtocol(asyncio.Protocol):
                 self._transport.abort()
         elif self._reading is None and not self._reads_head:
             if not self._has_mail():
-                self._transport.close()
+                self._close()
         elif self._reading is not None or self._exchange is None:  # else it is the next request that has only begun
             self._refuse(RequestTimeout("The request did not come in time."))
 
@@ -413,11 +458,13 @@ class HttpProtocol(asyncio.Protocol):
             self._break_off(broken)
         else:
             broken.disconnect()
-            self._say(error, bodiless=broken.bodiless)
+            self._say(error, broken)
 
-    def _say(self, error: BridgeError, *, bodiless: bool = False) -> None:
-        """Answer with an error of our own, and hang up."""
-        body = error_body("openai", error.status, error.message)
+    def _say(self, error: BridgeError, exchange: Exchange | None = None) -> None:
+        """Answer with an error of our own, and hang up. Without an exchange it is about the head that came last."""
+        path = self._target.partition(b"?")[0] if exchange is None else exchange.scope["raw_path"]
+        body = error_body(self._serving.kind_of(path.decode("latin-1")), error.status, error.message)
+        bodiless = exchange is not None and exchange.bodiless
         self._transport.write(
             b"%bcontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
             % (STATUS_LINES[error.status], len(body), b"" if bodiless else body)
@@ -433,7 +480,12 @@ class HttpProtocol(asyncio.Protocol):
         if self._waiting or self._serving.closing:
             self._hang_up()
         else:
-            self._transport.close()
+            self._close()
+
+    def _close(self) -> None:
+        """Close the connection when the client has read everything."""
+        self._transport.close()
+        self._watch_reader()
 
     def _hang_up(self) -> None:
         """Say nothing more and read nothing more, but give the client a moment to read what was said."""
@@ -442,6 +494,12 @@ class HttpProtocol(asyncio.Protocol):
             self._transport.resume_reading()  # what is on its way is thrown away
             self._transport.write_eof()
             self._wait_for(_LAST_WORDS_SECONDS)
+            self._watch_reader()
+
+    def _watch_reader(self) -> None:
+        if self._unread_by_client is None and self._transport.get_write_buffer_size():
+            self._unread_by_client = Unread(self._transport, self._serving.unread, self._serving.write_seconds)
+            self._serving.write_deadlines.start()
 
     def _break_off(self, exchange: Exchange) -> None:
         """Drop the connection in the middle of a response."""

@@ -7,12 +7,13 @@ import logging
 import socket
 import struct
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
 from aibridge.asgi import App
+from aibridge.errors import ProviderKind
 from aibridge.httpprotocol import HttpProtocol, Serving
 
 logger = logging.getLogger(__name__)
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 # A client's pooled connection should end on the client's side: one that we close under its next request costs it an error.
 _KEEP_ALIVE_SECONDS: Final = 75.0
 _REQUEST_SECONDS: Final = 60.0
+_WRITE_SECONDS: Final = 300.0
 _BACKLOG: Final = 2048
 _NOT_HERE: Final = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)  # such as IPv6 where the machine has none
 _LAST_RECORDS_SECONDS: Final = 10.0
@@ -31,7 +33,9 @@ class HttpServer:
     """Serves one ASGI application, whose lifetime is its owner's business. Times are in seconds, sizes in bytes.
 
     `request_seconds` bounds how long a client may take to send a head, and each piece of a body; `keep_alive_seconds` how
-    long a connection may be idle. `shared`: other processes accept from the same sockets, now or when this one has gone.
+    long a connection may be idle; `write_seconds` how long a client may read nothing of what was written. `kind_of` says for
+    a path, percent-encoded, how an error must look to who has asked for it. `shared`: other processes accept from the same
+    sockets, now or when this one has gone.
     """
 
     def __init__(
@@ -41,9 +45,19 @@ class HttpServer:
         max_head_bytes: int,
         keep_alive_seconds: float = _KEEP_ALIVE_SECONDS,
         request_seconds: float = _REQUEST_SECONDS,
+        write_seconds: float = _WRITE_SECONDS,
+        kind_of: Callable[[str], ProviderKind] = lambda _: "openai",
         shared: bool = False,
     ) -> None:
-        self._serving = Serving(app, max_head_bytes, keep_alive_seconds, request_seconds, when_over=self._look_if_over)
+        self._serving = Serving(
+            app,
+            max_head_bytes,
+            keep_alive_seconds,
+            request_seconds,
+            write_seconds,
+            kind_of,
+            when_over=self._look_if_over,
+        )
         self._protocol = partial(HttpProtocol, self._serving)
         self._shared = shared
         self._listening: list[tuple[socket.socket, asyncio.Server]] = []

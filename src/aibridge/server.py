@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from types import TracebackType
@@ -23,7 +23,7 @@ from aibridge.asgi import App, ClientConnection, Receive, Scope, Send
 from aibridge.bridge import RequestBridge
 from aibridge.config import Settings
 from aibridge.dumps import TrafficDumps
-from aibridge.errors import BridgeError
+from aibridge.errors import BridgeError, ProviderKind
 from aibridge.events import Observer
 from aibridge.guard import LoopbackGuard
 from aibridge.httpclient import HttpUpstream
@@ -124,7 +124,11 @@ class Server:
                 case _:
                     await self._bridge.serve(client, await self._identified(client))
         except BridgeError as error:
-            await client.refuse(self._bridge.kind_of(client.path), error)
+            await client.refuse(self.kind_of(client.path), error)
+
+    def kind_of(self, path: str) -> ProviderKind:
+        """The kind of the provider that a request is for, which says how an error must look to its client."""
+        return self._bridge.kind_of(path)
 
     async def __aenter__(self) -> Self:
         """Open what the bridge needs."""
@@ -193,7 +197,7 @@ def _authenticator(settings: Settings) -> Authenticator:
 
 def upstream_of(settings: Settings) -> Upstream:
     """The connections to the providers, as configured."""
-    return HttpUpstream(connect_timeout=settings.upstream.connect_timeout, idle_timeout=settings.upstream.idle_timeout)
+    return HttpUpstream(**dict(settings.upstream))
 
 
 def traces_of(settings: Settings) -> "OtlpTraces | None":
@@ -245,6 +249,18 @@ async def _answer(client: ClientConnection, status: int, content_type: bytes, bo
     await client.finish()
 
 
-def http_server(app: App, settings: Settings, *, shared: bool = False) -> HttpServer:
-    """The HTTP server for an application, as configured."""
-    return HttpServer(app, max_head_bytes=settings.limits.max_header_bytes, shared=shared)
+def http_server(
+    app: App, settings: Settings, kind_of: Callable[[str], ProviderKind] = lambda _: "openai", *, shared: bool = False
+) -> HttpServer:
+    """The HTTP server for an application, as configured. `kind_of` says for a path how an error must look; `shared`, whether
+    other processes accept from the same sockets.
+    """
+    return HttpServer(
+        app,
+        max_head_bytes=settings.limits.max_header_bytes,
+        keep_alive_seconds=settings.server.keep_alive_timeout,
+        request_seconds=settings.server.request_timeout,
+        write_seconds=settings.server.write_timeout,
+        kind_of=kind_of,
+        shared=shared,
+    )

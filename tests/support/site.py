@@ -153,9 +153,9 @@ class Site:
 
 
 @asynccontextmanager
-async def serving(app: Asgi, *, max_head_bytes: int = 65_536, grace: float = 1, **seconds: Any) -> AsyncIterator[Site]:
+async def serving(app: Asgi, *, max_head_bytes: int = 65_536, grace: float = 1, **options: Any) -> AsyncIterator[Site]:
     (listener,) = bound("127.0.0.1", 0)
-    server = HttpServer(app, max_head_bytes=max_head_bytes, **seconds)
+    server = HttpServer(app, max_head_bytes=max_head_bytes, **options)
     await server.start([listener])
     try:
         yield Site(server, listener.getsockname()[1])
