@@ -71,6 +71,8 @@ class Traces:
 
     def arrived(self, interception_id: str, headers: Headers) -> None:
         """Read the context that a request came with. One that is invalid is none."""
+        if not any(name == b"traceparent" for name, _ in headers):
+            return
         context = _W3C.extract(headers, Context(), _FIELDS)
         if context:
             if len(self._arrived) >= self._max_open:
@@ -85,12 +87,15 @@ class Traces:
         trace = self._open.get(interception_id)
         if trace is None:
             return headers
-        context: dict[str, str] = {}
-        _W3C.inject(context, trace.calls[-1].context if trace.calls else trace.context)
-        if not context:
+        context = (trace.calls[-1].span if trace.calls else trace.span).get_span_context()
+        if not context.is_valid:
             return headers
-        kept = [field for field in headers if field[0] not in _CONTEXT_FIELDS]
-        return [*kept, *((name.encode(), value.encode()) for name, value in context.items())]
+        sent = [field for field in headers if field[0] not in _CONTEXT_FIELDS]
+        parent = f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+        sent.append((b"traceparent", parent.encode()))
+        if context.trace_state:
+            sent.append((b"tracestate", context.trace_state.to_header().encode()))
+        return sent
 
     def close(self) -> None:
         """End the spans that are open."""
@@ -177,8 +182,9 @@ class Traces:
         span.end(ended)
 
     def _end(self, outcome: InterceptionEnded) -> None:
-        trace = self._open.get(outcome.interception_id)
+        trace = self._drawn(outcome.interception_id)
         if trace is None:
+            self._open.pop(outcome.interception_id, None)
             return
         trace.outcome, trace.until = outcome, _nanoseconds(outcome.ended_at)
         self._ending[outcome.interception_id] = trace
@@ -204,7 +210,7 @@ class Traces:
     def _drawn(self, interception_id: str) -> "_Trace | None":
         """The trace of an interception, if it is sampled."""
         trace = self._open.get(interception_id)
-        return trace if trace is not None and trace.span.is_recording() else None
+        return trace if trace is not None and trace.sampled else None
 
     def _call(self, interception_id: str) -> "_Call | None":
         """The last request to the provider."""
@@ -224,11 +230,12 @@ class Traces:
 class _Trace:
     """What has been drawn of one interception. `until` is when something was last heard of it."""
 
-    __slots__ = ("calls", "context", "interception", "outcome", "settled", "span", "until")
+    __slots__ = ("calls", "context", "interception", "outcome", "sampled", "settled", "span", "until")
 
     def __init__(self, interception: Interception, span: Span) -> None:
         self.interception = interception
         self.span = span
+        self.sampled = span.is_recording()
         self.context = set_span_in_context(span, Context())
         self.calls: list[_Call] = []
         self.outcome: InterceptionEnded | None = None
@@ -238,9 +245,7 @@ class _Trace:
     @property
     def over(self) -> bool:
         """Whether nothing more will be heard of it."""
-        if self.outcome is None:
-            return False
-        return not self.span.is_recording() or (self.settled and all(call.ended is not None for call in self.calls))
+        return self.outcome is not None and self.settled and all(call.ended is not None for call in self.calls)
 
     def finish(self, *, content: bool) -> None:
         """End all spans. `content`: with the words of errors."""
@@ -269,11 +274,10 @@ class _Trace:
 class _Call:
     """A request to the provider. `said` are parts of the model's message, `stop_reason` says why that has ended."""
 
-    __slots__ = ("began", "context", "ended", "head", "said", "span", "stop_reason")
+    __slots__ = ("began", "ended", "head", "said", "span", "stop_reason")
 
     def __init__(self, span: Span, began: int) -> None:
         self.span = span
-        self.context = set_span_in_context(span, Context())
         self.began = began
         self.ended: int | None = None
         self.head: CallAnswered | None = None
