@@ -28,6 +28,7 @@ from aibridge.records import Interception, InterceptionEnded, ModelThought, Prom
 from aibridge.wire.base import Headers
 
 MAX_OPEN: Final = 10_000
+_MAX_PARTS: Final = 16  # of the model's message: each may be 16,384 characters, and thousands of spans may wait to be sent
 _STRAGGLERS: Final = 60 * 10**9  # nanoseconds in which an interception that has ended is over
 
 
@@ -46,9 +47,9 @@ class Traces:
         self._tracer = provider.get_tracer("aibridge", version("aibridge"))
         self._content = content
         self._max_open = max_open
-        self._arrived: dict[str, Context] = {}  # whose start is being recorded, or could not be
+        self._arrived: dict[str, Context] = {}  # of which the start has not been told
         self._open: dict[str, _Trace] = {}
-        self._ending: dict[str, _Trace] = {}  # of which only the commit is not known yet, or what follows the last event
+        self._ending: dict[str, _Trace] = {}  # those of them that wait for the commit only, or for the end of a response
         self._draws: dict[type, Callable[[Any], None]] = {
             Interception: self._begin,
             CallBegan: self._begin_call,
@@ -135,13 +136,9 @@ class Traces:
             call.head = event
 
     def _end_call(self, event: CallEnded) -> None:
-        """The responses to earlier requests end first: one that has said all is still read to its end beside the next."""
         trace = self._drawn(event.interception_id)
-        if trace is not None:
-            for call in trace.calls:
-                if call.ended is None:
-                    call.ended = trace.until = time.time_ns()
-                    break
+        if trace is not None and trace.calls:
+            trace.calls[-1].ended = trace.until = time.time_ns()
             self._finish_where_over(trace)
 
     def _draw_usage(self, usage: TokenUsage) -> None:
@@ -158,7 +155,7 @@ class Traces:
     def _draw_thought(self, thought: ModelThought) -> None:
         call = self._call(thought.interception_id) if self._content else None
         if call is not None:
-            call.said.append(spans.thought(thought.content))
+            call.say(spans.thought(thought.content))
 
     def _draw_tool(self, usage: ToolUsage) -> None:
         if usage.injected:
@@ -166,7 +163,7 @@ class Traces:
             return
         call = self._call(usage.interception_id) if self._content else None
         if call is not None:
-            call.said.append(spans.tool_call(usage))
+            call.say(spans.tool_call(usage))
 
     def _draw_execution(self, usage: ToolUsage) -> None:
         """A call of an injected tool, which is over by the time that there is a record of it."""
@@ -245,7 +242,7 @@ class _Trace:
     @property
     def over(self) -> bool:
         """Whether nothing more will be heard of it."""
-        return self.outcome is not None and self.settled and all(call.ended is not None for call in self.calls)
+        return self.outcome is not None and self.settled and (not self.calls or self.calls[-1].ended is not None)
 
     def finish(self, *, content: bool) -> None:
         """End all spans. `content`: with the words of errors."""
@@ -283,6 +280,11 @@ class _Call:
         self.head: CallAnswered | None = None
         self.said: list[Mapping[str, Any]] = []
         self.stop_reason: str | None = None
+
+    def say(self, part: Mapping[str, Any]) -> None:
+        """The model's message has this part, too."""
+        if len(self.said) < _MAX_PARTS:
+            self.said.append(part)
 
     def finish(self, outcome: InterceptionEnded | None, until: int, *, content: bool) -> None:
         """End the span. `outcome` is that of the interception, if this was its last request."""
