@@ -125,6 +125,19 @@ async def test_sampling_as_the_environment_says(monkeypatch: pytest.MonkeyPatch)
     assert len(receiver.spans) == 3, "what is configured is stronger"
 
 
+@pytest.mark.parametrize(("variables", "most"), [({}, 128), ({"OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "50"}, 50)])
+async def test_batches(variables: dict[str, str], most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are small unless the environment wants others: while one is serialized, streams wait."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with Receiver() as receiver:
+        traces = traces_to(receiver.url)
+        for number in range(100):
+            intercept(traces, str(number))
+        await traces.aclose()
+    assert max(len(export.spans) for export in receiver.exports) == most and len(receiver.spans) == 300
+
+
 # ---- a receiver that does not do its part ----
 
 

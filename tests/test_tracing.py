@@ -19,8 +19,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased
 from opentelemetry.trace import NoOpTracerProvider, SpanKind, StatusCode
 
+from aibridge import Traces
 from aibridge.events import CallAnswered, CallBegan, CallEnded, Committed, Event, PassedThrough, RecordLost
-from aibridge.tracing import Traces
 from aibridge.wire.base import Headers
 from tests.support.records import ended, prompt, start, thought, tool, usage
 
@@ -235,13 +235,13 @@ def test_the_commit() -> None:
 
 
 def test_a_conversation_with_a_tool() -> None:
-    """A response that has said all is still read to its end when the next request has begun (`aibridge.relay`)."""
     now = datetime.now(UTC)
     drawing = Drawing().tell(
         start(started_at=now),
         began(hop=1),
         answered(),
         usage("u1", provider_response_id="msg_1", metadata={"stop_reason": "tool_use"}),
+        CALL_ENDED,
         tool(
             tool="look",
             injected=True,
@@ -251,12 +251,11 @@ def test_a_conversation_with_a_tool() -> None:
             metadata={"server": "wiki", "duration_ms": 12.5},
         ),
         began(hop=2),
-        CALL_ENDED,
         answered(),
         usage("u2", provider_response_id="msg_2", metadata={"stop_reason": "end_turn"}),
+        CALL_ENDED,
         ended(),
         COMMITTED,
-        CALL_ENDED,
     )
     first, second = drawing.named("chat claude-opus-5-5")
     assert [attributes(call)["gen_ai.response.id"] for call in (first, second)] == ["msg_1", "msg_2"]
@@ -445,9 +444,13 @@ def test_content_where_it_is_asked_for() -> None:
 
 
 def test_content_is_bounded() -> None:
-    drawing = Drawing(content=True).tell(start(), began(), answered(), prompt(prompt="x" * 10_000_000), ended())
-    drawing.tell(COMMITTED, CALL_ENDED)
+    long = "x" * 1_000_000
+    drawing = Drawing(content=True).tell(start(), began(), answered(), prompt(prompt=long))
+    for _ in range(100):
+        drawing.tell(tool(input=long), thought(content=long))
+    drawing.tell(ended(), COMMITTED, CALL_ENDED)
     assert len(attributes(drawing.call)["gen_ai.input.messages"]) < 20_000
+    assert len(attributes(drawing.call)["gen_ai.output.messages"]) < 300_000
 
 
 def test_what_clients_choose_is_bounded() -> None:

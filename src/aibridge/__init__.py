@@ -34,6 +34,7 @@ from aibridge.tools import Outcome, Text, Tool
 
 if TYPE_CHECKING:
     from aibridge.mcp.proxy import McpProxy
+    from aibridge.tracing import Traces
 
 __version__ = version("aibridge")
 
@@ -58,15 +59,20 @@ __all__ = [
     "Text",
     "Tool",
     "Toolbox",
+    "Traces",
     "__version__",
     "as_actor",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """`McpProxy`, when somebody asks for it: the MCP SDK takes most of a second to load."""
+    """What takes long to load, when somebody asks for it: the MCP SDK most of a second, OpenTelemetry a tenth of one."""
     if name == "McpProxy":
         from aibridge.mcp.proxy import McpProxy  # noqa: PLC0415
 
         return McpProxy
+    if name == "Traces":
+        from aibridge.tracing import Traces  # noqa: PLC0415
+
+        return Traces
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

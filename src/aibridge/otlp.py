@@ -26,6 +26,9 @@ from aibridge.tracing import Traces
 logger = logging.getLogger(__name__)
 
 _LAST_SPANS_SECONDS: Final = 3.0
+# To serialize a span takes 0.1 ms, in which the event loop waits for the interpreter's lock. With the SDK's batches of 512
+# the 99th percentile of latency at 150 requests a second went from 16 to 26 ms, with these to 18 (medians of six rounds).
+_BATCH: Final = 128
 
 
 class OtlpTraces(Traces):
@@ -53,7 +56,7 @@ class OtlpTraces(Traces):
             _resource(service_name),
             shutdown_on_exit=False,
         )
-        self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
+        self._provider.add_span_processor(BatchSpanProcessor(self._exporter, max_export_batch_size=_batch()))
         super().__init__(self._provider, content=content)
 
     async def aclose(self) -> None:
@@ -96,6 +99,12 @@ class _Only(AuthBase):
 _FIELDS_OF_HTTP: Final = frozenset(
     {"accept", "accept-encoding", "connection", "content-encoding", "content-length", "content-type", "user-agent"}
 )
+
+
+def _batch() -> int | None:
+    """How many spans are sent at once, at most. None, for the SDK to see: the environment says something about that."""
+    variables = ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "OTEL_BSP_MAX_QUEUE_SIZE")
+    return None if any(name in os.environ for name in variables) else _BATCH
 
 
 def _resource(service_name: str | None) -> Resource:

@@ -28,6 +28,7 @@ from aibridge.records import Interception, InterceptionEnded, ModelThought, Prom
 from aibridge.wire.base import Headers
 
 MAX_OPEN: Final = 10_000
+_MAX_PARTS: Final = 16  # of the model's message: each may be 16,384 characters, and thousands of spans may wait to be sent
 _STRAGGLERS: Final = 60 * 10**9  # nanoseconds in which an interception that has ended is over
 
 
@@ -46,9 +47,9 @@ class Traces:
         self._tracer = provider.get_tracer("aibridge", version("aibridge"))
         self._content = content
         self._max_open = max_open
-        self._arrived: dict[str, Context] = {}  # whose start is being recorded, or could not be
+        self._arrived: dict[str, Context] = {}  # of which the start has not been told
         self._open: dict[str, _Trace] = {}
-        self._ending: dict[str, _Trace] = {}  # of which only the commit is not known yet, or what follows the last event
+        self._ending: dict[str, _Trace] = {}  # those of them that wait for the commit only, or for the end of a response
         self._draws: dict[type, Callable[[Any], None]] = {
             Interception: self._begin,
             CallBegan: self._begin_call,
@@ -71,6 +72,8 @@ class Traces:
 
     def arrived(self, interception_id: str, headers: Headers) -> None:
         """Read the context that a request came with. One that is invalid is none."""
+        if not any(name == b"traceparent" for name, _ in headers):
+            return
         context = _W3C.extract(headers, Context(), _FIELDS)
         if context:
             if len(self._arrived) >= self._max_open:
@@ -85,12 +88,15 @@ class Traces:
         trace = self._open.get(interception_id)
         if trace is None:
             return headers
-        context: dict[str, str] = {}
-        _W3C.inject(context, trace.calls[-1].context if trace.calls else trace.context)
-        if not context:
+        context = (trace.calls[-1].span if trace.calls else trace.span).get_span_context()
+        if not context.is_valid:
             return headers
-        kept = [field for field in headers if field[0] not in _CONTEXT_FIELDS]
-        return [*kept, *((name.encode(), value.encode()) for name, value in context.items())]
+        sent = [field for field in headers if field[0] not in _CONTEXT_FIELDS]
+        parent = f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+        sent.append((b"traceparent", parent.encode()))
+        if context.trace_state:
+            sent.append((b"tracestate", context.trace_state.to_header().encode()))
+        return sent
 
     def close(self) -> None:
         """End the spans that are open."""
@@ -130,13 +136,9 @@ class Traces:
             call.head = event
 
     def _end_call(self, event: CallEnded) -> None:
-        """The responses to earlier requests end first: one that has said all is still read to its end beside the next."""
         trace = self._drawn(event.interception_id)
-        if trace is not None:
-            for call in trace.calls:
-                if call.ended is None:
-                    call.ended = trace.until = time.time_ns()
-                    break
+        if trace is not None and trace.calls:
+            trace.calls[-1].ended = trace.until = time.time_ns()
             self._finish_where_over(trace)
 
     def _draw_usage(self, usage: TokenUsage) -> None:
@@ -153,7 +155,7 @@ class Traces:
     def _draw_thought(self, thought: ModelThought) -> None:
         call = self._call(thought.interception_id) if self._content else None
         if call is not None:
-            call.said.append(spans.thought(thought.content))
+            call.say(spans.thought(thought.content))
 
     def _draw_tool(self, usage: ToolUsage) -> None:
         if usage.injected:
@@ -161,7 +163,7 @@ class Traces:
             return
         call = self._call(usage.interception_id) if self._content else None
         if call is not None:
-            call.said.append(spans.tool_call(usage))
+            call.say(spans.tool_call(usage))
 
     def _draw_execution(self, usage: ToolUsage) -> None:
         """A call of an injected tool, which is over by the time that there is a record of it."""
@@ -177,8 +179,9 @@ class Traces:
         span.end(ended)
 
     def _end(self, outcome: InterceptionEnded) -> None:
-        trace = self._open.get(outcome.interception_id)
+        trace = self._drawn(outcome.interception_id)
         if trace is None:
+            self._open.pop(outcome.interception_id, None)
             return
         trace.outcome, trace.until = outcome, _nanoseconds(outcome.ended_at)
         self._ending[outcome.interception_id] = trace
@@ -204,7 +207,7 @@ class Traces:
     def _drawn(self, interception_id: str) -> "_Trace | None":
         """The trace of an interception, if it is sampled."""
         trace = self._open.get(interception_id)
-        return trace if trace is not None and trace.span.is_recording() else None
+        return trace if trace is not None and trace.sampled else None
 
     def _call(self, interception_id: str) -> "_Call | None":
         """The last request to the provider."""
@@ -224,11 +227,12 @@ class Traces:
 class _Trace:
     """What has been drawn of one interception. `until` is when something was last heard of it."""
 
-    __slots__ = ("calls", "context", "interception", "outcome", "settled", "span", "until")
+    __slots__ = ("calls", "context", "interception", "outcome", "sampled", "settled", "span", "until")
 
     def __init__(self, interception: Interception, span: Span) -> None:
         self.interception = interception
         self.span = span
+        self.sampled = span.is_recording()
         self.context = set_span_in_context(span, Context())
         self.calls: list[_Call] = []
         self.outcome: InterceptionEnded | None = None
@@ -238,9 +242,7 @@ class _Trace:
     @property
     def over(self) -> bool:
         """Whether nothing more will be heard of it."""
-        if self.outcome is None:
-            return False
-        return not self.span.is_recording() or (self.settled and all(call.ended is not None for call in self.calls))
+        return self.outcome is not None and self.settled and (not self.calls or self.calls[-1].ended is not None)
 
     def finish(self, *, content: bool) -> None:
         """End all spans. `content`: with the words of errors."""
@@ -269,16 +271,20 @@ class _Trace:
 class _Call:
     """A request to the provider. `said` are parts of the model's message, `stop_reason` says why that has ended."""
 
-    __slots__ = ("began", "context", "ended", "head", "said", "span", "stop_reason")
+    __slots__ = ("began", "ended", "head", "said", "span", "stop_reason")
 
     def __init__(self, span: Span, began: int) -> None:
         self.span = span
-        self.context = set_span_in_context(span, Context())
         self.began = began
         self.ended: int | None = None
         self.head: CallAnswered | None = None
         self.said: list[Mapping[str, Any]] = []
         self.stop_reason: str | None = None
+
+    def say(self, part: Mapping[str, Any]) -> None:
+        """The model's message has this part, too."""
+        if len(self.said) < _MAX_PARTS:
+            self.said.append(part)
 
     def finish(self, outcome: InterceptionEnded | None, until: int, *, content: bool) -> None:
         """End the span. `outcome` is that of the interception, if this was its last request."""
