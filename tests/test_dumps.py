@@ -500,7 +500,7 @@ async def refused(folder: Path, caplog: pytest.LogCaptureFixture) -> str:
         upstream = dumps.upstream(PROVIDER, answering(b"one", b"two"))
         for _ in range(3):
             assert await call(upstream, request()) == b"onetwo"
-    (said,) = [record for record in caplog.records if "cannot be written" in record.getMessage()]
+    (said,) = [record for record in caplog.records if "cannot be dumped" in record.getMessage()]
     assert said.levelno == logging.WARNING and said.exc_info is None
     return said.getMessage()
 
@@ -609,7 +609,7 @@ async def test_a_provider_without_dumps_is_left_alone(folder: Path, caplog: pyte
     async with TrafficDumps(folder) as dumps:
         assert dumps.upstream(Provider.anthropic(), upstream) is upstream
     assert not folder.exists() and not caplog.records
-    assert threading.active_count() == len(threading.enumerate())
+    assert not any(thread.name == "aibridge-dumps" for thread in threading.enumerate())
 
 
 async def test_who_dumps_is_warned(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -618,18 +618,46 @@ async def test_who_dumps_is_warned(folder: Path, caplog: pytest.LogCaptureFixtur
     assert "anthropic" in said and str(folder) in said and "in clear" in said
 
 
-async def test_trouble_with_the_disk_is_told_once_and_its_end(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_trouble_with_the_disk_is_told_and_passes(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dumps_module, "_QUIET_SECONDS", 0)
     folder.write_text("a file")
     async with TrafficDumps(folder) as dumps:
         upstream = dumps.upstream(PROVIDER, answering(b"one"))
-        for _ in range(3):
-            assert await call(upstream, request()) == b"one"
-        await until(lambda: "cannot be written" in caplog.text)
+        assert await call(upstream, request()) == b"one"
+        await until(lambda: "(2 so far)" in caplog.text)  # that it cannot be tidied is the first
         folder.unlink()
-        while not dumps_in(folder):
-            await call(upstream, request())
-    said = [message for message in caplog.messages if "in clear" not in message]
-    assert len(said) == 2 and "cannot be written" in said[0] and "written again" in said[1]
+        assert await call(upstream, request()) == b"one"
+    assert len(dumps_in(folder)) == 1 and "3 so far" not in caplog.text
+
+
+async def test_without_a_thread_there_are_no_dumps(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", cannot)
+    upstream = TrafficDumps(folder).upstream(PROVIDER, answering(b"one"))
+    assert await call(upstream, request()) == b"one" == await call(upstream, request())
+    assert caplog.text.count("can't start new thread") == 1 and not folder.exists()
+
+
+async def test_a_mistake_of_ours_costs_a_dump_and_is_told(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistaken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    async with TrafficDumps(folder) as dumps:
+        upstream = dumps.upstream(PROVIDER, answering(b"one"))
+        with monkeypatch.context() as patch:
+            patch.setattr("aibridge.dumpfiles.masked_fields", mistaken)
+            assert await call(upstream, request()) == b"one"
+            await until(lambda: "ZeroDivisionError" in caplog.text)
+        assert await call(upstream, request()) == b"one"
+    assert len(dumps_in(folder)) == 1 and "Traceback" in caplog.text
 
 
 async def test_a_full_disk_leaves_no_half_dump(
@@ -674,7 +702,7 @@ async def test_a_disk_that_hangs_stops_nobody(
         assert one.facts["bytes-lost-because-the-writer-was-behind"] == str(200_000 - len(one.response.body))
         assert one.facts["response-bytes"] == "200000" and one.facts["outcome"] == "complete"
     assert len(found[0].response.body if found[0].response else b"") > 50_000
-    assert caplog.text.count("more slowly than traffic") == 1
+    assert caplog.text.count("faster than it is written") == 1
 
 
 async def test_held_bodies_count_as_waiting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
