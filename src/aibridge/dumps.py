@@ -347,12 +347,18 @@ class _Writer:
             self._wake.wait(_LOOK_SECONDS)
             stopping = self._stopping.wait(_GATHER_SECONDS)
             self._wake.clear()
+            written: set[_Dump] = set()
             while self._queue:
-                self._carry_out(*self._queue.popleft())
+                size, dump, what, facts = self._queue.popleft()
+                self._freed += size - self._carry_out(dump, what, facts)
+                written.add(dump)
+            for dump in written:
+                self._freed -= self._carry_out(dump, DumpFile.flush, ())
             if self._folder.untidy:
                 self._tidy()
 
-    def _carry_out(self, size: int, dump: _Dump, what: Callable[..., Any], facts: tuple[Any, ...]) -> None:
+    def _carry_out(self, dump: _Dump, what: Callable[..., Any], facts: tuple[Any, ...]) -> int:
+        """Do what is to be done, and answer how much more memory is held since."""
         held = dump.held
         try:
             if what is DumpFile:
@@ -368,7 +374,7 @@ class _Writer:
         except Exception as error:  # noqa: BLE001  looking at traffic never harms traffic, nor what comes after
             self._discard(dump)
             self._trouble.tell(type(error).__name__, error)
-        self._freed += size + held - dump.held
+        return dump.held - held
 
     def _create(self, dump: _Dump, begun: Begun) -> None:
         dump.name, dump.descriptor = self._folder.create(begun.at, begun.provider.name, begun.call_id)
