@@ -4,6 +4,7 @@ Truth: issue 5 ("sends one again against any base URL"): what the provider recei
 first time, the credential aside. Exit statuses and what is printed are our choice.
 """
 
+import asyncio
 import gzip
 import json
 import os
@@ -11,16 +12,21 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 
 from aibridge.cli import main
-from tests.support.dumps import finished
-from tests.support.gateway import Gateway
-from tests.support.provider import CUT, Received, Reply, ThreadedProvider, at_random
+from aibridge.dumps import TrafficDumps
+from aibridge.providers import Provider
+from aibridge.upstream import MemoryResponse, MemoryUpstream, UpstreamRequest
+from aibridge.wire.observer import ResponseHead
+from tests.support.dumps import dumped, dumps_in, finished
+from tests.support.gateway import Gateway, wait_until
+from tests.support.provider import CUT, STALL, Received, Reply, ThreadedProvider, at_random
 from tests.support.rawclient import Answer, RawClient
 
 CLIENT_KEY = "sk-ant-client-2b5c8d1e4f"
@@ -56,17 +62,37 @@ class Site:
     provider: ThreadedProvider
     folder: Path
     config: Path
+    earlier: int = 0
+    """How many requests other tests have sent."""
+
+    @property
+    def requests(self) -> list[Received]:
+        return self.provider.requests[self.earlier :]
+
+
+@contextmanager
+def dumping(folder: Path, **environment: str) -> Iterator[Site]:
+    with ThreadedProvider() as provider:
+        toml = _TOML.format(folder=folder / "dumps", url=provider.url, key=CONFIGURED_KEY)
+        config = folder / "replay.toml"
+        config.write_text(toml)
+        with Gateway(toml=toml, env=environment) as gateway:
+            yield Site(gateway, provider, folder / "dumps", config)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with dumping(tmp_path_factory.mktemp("site")) as site:
+        yield site
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    folder = tmp_path / "dumps"
-    with ThreadedProvider() as provider:
-        toml = _TOML.format(folder=folder, url=provider.url, key=CONFIGURED_KEY)
-        config = tmp_path / "replay.toml"
-        config.write_text(toml)
-        with Gateway(toml=toml) as gateway:
-            yield Site(gateway, provider, folder, config)
+def site(shared: Site) -> Iterator[Site]:
+    """The shared site without dumps of earlier tests."""
+    yield replace(shared, earlier=len(shared.provider.requests))
+    shared.provider.handle(None)
+    for path in shared.folder.iterdir():
+        path.unlink()
 
 
 async def post(site: Site, target: str, body: bytes, *headers: tuple[str, str], method: str = "POST") -> Answer:
@@ -75,15 +101,36 @@ async def post(site: Site, target: str, body: bytes, *headers: tuple[str, str], 
         return await client.request(method, target, lines, body if method == "POST" else None)
 
 
-def replay(*arguments: object, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[bytes]:
-    """The command as a process of its own. No secret is in what it prints."""
-    environment = {"PATH": os.environ.get("PATH", os.defpath), "HOME": "/nonexistent", **(env or {})}
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What came of the command. No secret is in what it says of itself."""
+
+    status: int
+    output: bytes
+    said: str
+
+    def __post_init__(self) -> None:
+        assert not any(secret in self.said for secret in (CLIENT_KEY, CONFIGURED_KEY, OTHER_KEY))
+        assert "Traceback" not in self.said
+
+
+def invoke(*arguments: object, env: Mapping[str, str] | None = None) -> Replayed:
+    """The command, in this process."""
+    result = CliRunner().invoke(main, ["replay", *map(str, arguments)], env=env)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return Replayed(result.exit_code, result.stdout_bytes, result.stderr)
+
+
+async def replay(*arguments: object, env: Mapping[str, str] | None = None) -> Replayed:
+    """The command, beside an event loop."""
+    return await asyncio.to_thread(invoke, *arguments, env=env)
+
+
+def replay_as_process(*arguments: object, env: Mapping[str, str]) -> Replayed:
+    environment = {"PATH": os.environ.get("PATH", os.defpath), "HOME": "/nonexistent", **env}
     command = [sys.executable, "-m", "aibridge", "replay", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, timeout=60, check=False, env=environment)
-    for secret in (CLIENT_KEY, CONFIGURED_KEY, OTHER_KEY):
-        assert secret.encode() not in done.stderr
-    assert b"Traceback" not in done.stderr
-    return done
+    return Replayed(done.returncode, done.stdout, done.stderr.decode())
 
 
 def lines_of(received: Received, *, without: str) -> list[tuple[bytes, bytes]]:
@@ -101,17 +148,17 @@ async def test_a_request_is_sent_again_as_it_was(site: Site) -> None:
     assert first.head.status == 200
     (dump,) = finished(site.folder, 1)
     assert dump.request.body == BODY and dump.response is not None and dump.response.body == ANSWER
-    done = replay(dump.path, "--config", site.config, "--key-env", "KEY", env={"KEY": OTHER_KEY})
-    assert done.returncode == 0, done.stderr
-    one, two = site.provider.requests
+    done = replay_as_process(dump.path, "--config", site.config, "--key-env", "KEY", env={"KEY": OTHER_KEY})
+    assert done.status == 0, done.said
+    one, two = site.requests
     assert (two.method, two.target, two.body) == (one.method, one.target, one.body)
     assert [name for name, _ in two.headers] == [name for name, _ in one.headers]
     assert lines_of(two, without="x-api-key") == lines_of(one, without="x-api-key")
     assert one.header("x-api-key") == [CLIENT_KEY] and two.header("x-api-key") == [OTHER_KEY]
-    head, _, body = done.stdout.partition(b"\n\n")
+    head, _, body = done.output.partition(b"\n\n")
     assert body == ANSWER
     assert head.splitlines()[0] == b"HTTP/1.1 200" and b"x-twice: 1\nx-twice: 2" in head
-    said = done.stderr.decode()
+    said = done.said
     assert f"POST {site.provider.url}/v1/messages?beta=true" in said and "KEY" in said
 
 
@@ -151,9 +198,9 @@ async def test_a_configured_key_goes_to_its_provider(site: Site) -> None:
     body = b'{"model":"m","messages":[]}'
     await post(site, "/keyed/v1/chat/completions", body)
     (dump,) = finished(site.folder, 1)
-    done = replay(dump.path, "--config", site.config)
-    assert done.returncode == 0 and b"the api_key of provider keyed" in done.stderr
-    one, two = site.provider.requests
+    done = await replay(dump.path, "--config", site.config)
+    assert done.status == 0 and "the api_key of provider keyed" in done.said
+    one, two = site.requests
     assert two.headers == one.headers and two.target == one.target == "/sub/v1/chat/completions" and two.body == one.body
     assert two.header("authorization") == [f"Bearer {CONFIGURED_KEY}"]
 
@@ -169,11 +216,11 @@ async def test_a_configured_key_goes_nowhere_else_unless_told_to(site: Site) -> 
             (["--send-api-key"], [f"Bearer {CONFIGURED_KEY}"]),
             (["--key-env", "KEY"], [f"Bearer {OTHER_KEY}"]),
         ):
-            done = replay(*to_other, *arguments, env={"KEY": OTHER_KEY})
-            assert done.returncode == 0, done.stderr
+            done = await replay(*to_other, *arguments, env={"KEY": OTHER_KEY})
+            assert done.status == 0, done.said
             assert other.requests[-1].header("authorization") == sent
             assert other.requests[-1].target == "/else/chat/completions"
-            assert (b"credential: none: this is not the server" in done.stderr) == (not sent)
+            assert ("credential: none: this is not the server" in done.said) == (not sent)
 
 
 async def test_another_gateway_needs_no_configuration(site: Site, tmp_path: Path) -> None:
@@ -182,9 +229,9 @@ async def test_another_gateway_needs_no_configuration(site: Site, tmp_path: Path
     await post(site, "/anthropic/v1/messages", BODY)
     (dump,) = finished(site.folder, 1)
     copy = shutil.copy(dump.path, tmp_path / "sent-along.warc")
-    done = replay(copy, "--base-url", f"{site.gateway.url}/quiet", "--key-env", "KEY", env={"KEY": OTHER_KEY})
-    assert done.returncode == 0 and done.stdout.endswith(ANSWER)
-    assert site.provider.requests[1].body == BODY and site.provider.requests[1].header("x-api-key") == [OTHER_KEY]
+    done = await replay(copy, "--base-url", f"{site.gateway.url}/quiet", "--key-env", "KEY", env={"KEY": OTHER_KEY})
+    assert done.status == 0 and done.output.endswith(ANSWER)
+    assert site.requests[1].body == BODY and site.requests[1].header("x-api-key") == [OTHER_KEY]
 
 
 async def test_other_methods_and_chunked_bodies(site: Site) -> None:
@@ -196,8 +243,8 @@ async def test_other_methods_and_chunked_bodies(site: Site) -> None:
         await client.write(b"3\r\n{  \r\n1\r\n}\r\n0\r\n\r\n")
         await client.answer()
     for dump in finished(site.folder, 2):
-        assert replay(dump.path, "--config", site.config, "--key-env", "KEY", env={"KEY": CLIENT_KEY}).returncode == 0
-    one, two, again, two_again = site.provider.requests
+        assert (await replay(dump.path, "--config", site.config, "--key-env", "KEY", env={"KEY": CLIENT_KEY})).status == 0
+    one, two, again, two_again = site.requests
     for first, second in ((one, again), (two, two_again)):
         assert (second.method, second.target, second.headers, second.body) == (
             first.method,
@@ -221,20 +268,18 @@ async def test_the_response_is_printed_as_it_comes(site: Site) -> None:
         Reply(200, [("Content-Encoding", "gzip")], [b"no gzip at all"]),
     )
     arguments = [dump.path, "--config", site.config]
-    decoded = replay(*arguments)
-    assert (decoded.returncode, decoded.stdout.partition(b"\n\n")[2]) == (0, events)
-    overloaded = replay(*arguments)
+    decoded = await replay(*arguments)
+    assert (decoded.status, decoded.output.partition(b"\n\n")[2]) == (0, events)
+    overloaded = await replay(*arguments)
     assert (
-        overloaded.returncode == 1
-        and overloaded.stdout.endswith(b'\n\n{"error":{}}')
-        and b"HTTP/1.1 529" in overloaded.stdout
+        overloaded.status == 1 and overloaded.output.endswith(b'\n\n{"error":{}}') and b"HTTP/1.1 529" in overloaded.output
     )
-    broken = replay(*arguments)
-    assert broken.returncode == 3 and broken.stdout.endswith(b"\n\ndata: 1\n\n") and b"broke off" in broken.stderr
-    garbled = replay(*arguments)
-    assert garbled.returncode == 3 and b"cannot be decoded" in garbled.stderr
-    nobody = replay(dump.path, "--base-url", "http://127.0.0.1:9")
-    assert nobody.returncode == 3 and b"could not be reached" in nobody.stderr and nobody.stdout == b""
+    broken = await replay(*arguments)
+    assert broken.status == 3 and broken.output.endswith(b"\n\ndata: 1\n\n") and "broke off" in broken.said
+    garbled = await replay(*arguments)
+    assert garbled.status == 3 and "cannot be decoded" in garbled.said
+    nobody = await replay(dump.path, "--base-url", "http://127.0.0.1:9")
+    assert nobody.status == 3 and "could not be reached" in nobody.said and nobody.output == b""
 
 
 async def test_a_request_that_was_cut_is_refused(site: Site) -> None:
@@ -242,29 +287,70 @@ async def test_a_request_that_was_cut_is_refused(site: Site) -> None:
     await post(site, "/anthropic/v1/messages", json.dumps(MESSAGE | {"metadata": "x" * 300_000}).encode())
     (dump,) = finished(site.folder, 1)
     assert dump.request.truncated == "length"
-    done = replay(dump.path, "--config", site.config)
-    assert done.returncode == 2 and b"cut" in done.stderr and b"max_dump_bytes" in done.stderr
-    assert len(site.provider.requests) == 1
+    done = await replay(dump.path, "--config", site.config)
+    assert done.status == 2 and "cut" in done.said and "max_dump_bytes" in done.said
+    assert len(site.requests) == 1
 
 
 async def test_a_call_that_still_hangs_can_be_sent_again(site: Site) -> None:
     """What is written of it by then is whole."""
-    from tests.support.gateway import wait_until
-    from tests.support.provider import STALL
-
     site.provider.replies(Reply(before=[STALL]), Reply.json(ANSWER))
     async with RawClient(site.gateway.url) as client:
         await client.send("POST", "/anthropic/v1/messages", [("Content-Type", "application/json")], BODY)
-        site.provider.exchange()
+        site.provider.exchange(site.earlier)
 
         def written() -> bool:
             return any(b"\r\nContent-Length: " in path.read_bytes() for path in site.folder.glob("*.warc"))
 
         wait_until(written, "no dump of the request")
         (path,) = site.folder.glob("*.warc")
-        done = replay(path, "--config", site.config)
-    assert done.returncode == 0 and done.stdout.endswith(ANSWER)
-    assert site.provider.requests[1].body == BODY
+        done = await replay(path, "--config", site.config)
+    assert done.status == 0 and done.output.endswith(ANSWER)
+    assert site.requests[1].body == BODY
+
+
+STREAM = (
+    b'event: message_start\ndata: {"type":"message_start","message":{"id":"msg_1","usage":{"input_tokens":3}}}\n\n',
+    b'event: message_delta\ndata: {"type":"message_delta","delta":{},"usage":{"output_tokens":5}}\n\n',
+    b'event: message_stop\ndata: {"type":"message_stop"}\n\n',
+)
+STREAMING = json.dumps(MESSAGE | {"stream": True}).encode()
+
+
+async def test_a_stream_is_dumped_to_its_end(site: Site) -> None:
+    site.provider.reply(Reply.stream(STREAM))
+    answer = await post(site, "/anthropic/v1/messages", STREAMING)
+    assert answer.complete
+    (dump,) = finished(site.folder, 1)
+    assert dump.facts["outcome"] == "complete" and dump.facts["response-bytes"] == str(len(b"".join(STREAM)))
+    assert dump.response is not None and dump.response.body == b"".join(STREAM) and dump.response.truncated is None
+
+
+async def test_a_client_that_leaves_is_seen_in_the_dump(site: Site) -> None:
+    site.provider.reply(Reply.stream([STREAM[0], STALL]))
+    async with RawClient(site.gateway.url) as client:
+        await client.send("POST", "/anthropic/v1/messages", [("Content-Type", "application/json")], STREAMING)
+        await client.head()
+        await client.until()
+    (dump,) = finished(site.folder, 1)
+    assert dump.facts["outcome"] == "let go"
+    assert dump.response is not None and dump.response.body == STREAM[0] and dump.response.truncated == "unspecified"
+
+
+async def test_a_gateway_that_stops_finishes_its_dumps(tmp_path: Path) -> None:
+    """Two workers, so two processes that write to one directory."""
+    with dumping(tmp_path, AIBRIDGE_SERVER__WORKERS="2", AIBRIDGE_SERVER__SHUTDOWN_GRACE="0") as site:
+        site.provider.handle(lambda _: Reply.stream([STREAM[0], STALL]))
+        async with AsyncExitStack() as clients:
+            for _ in range(6):
+                client = await clients.enter_async_context(RawClient(site.gateway.url))
+                await client.send("POST", "/anthropic/v1/messages", [("Content-Type", "application/json")], STREAMING)
+                await client.head()
+                await client.until()
+            await asyncio.to_thread(site.gateway.stop)
+        found = [dumped(path) for path in dumps_in(site.folder)]
+    assert [dump.facts["outcome"] for dump in found] == ["let go"] * 6
+    assert all(dump.response is not None and dump.response.body == STREAM[0] for dump in found)
 
 
 # ---- what is no dump, or cannot be sent ----
@@ -273,12 +359,6 @@ async def test_a_call_that_still_hangs_can_be_sent_again(site: Site) -> None:
 @pytest.fixture
 def dump(tmp_path: Path) -> Path:
     """One without a gateway, to be changed by tests."""
-    import asyncio
-
-    from aibridge.dumps import TrafficDumps
-    from aibridge.providers import Provider
-    from aibridge.upstream import MemoryResponse, MemoryUpstream, UpstreamRequest
-    from aibridge.wire.observer import ResponseHead
 
     async def call() -> None:
         async with TrafficDumps(tmp_path / "dumps") as dumps:
@@ -292,12 +372,6 @@ def dump(tmp_path: Path) -> Path:
     asyncio.run(call())
     (path,) = (tmp_path / "dumps").iterdir()
     return path
-
-
-def invoke(*arguments: object, env: Mapping[str, str] | None = None) -> Result:
-    result = CliRunner().invoke(main, ["replay", *map(str, arguments)], env=env)
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
 
 
 @pytest.fixture(autouse=True)
@@ -327,27 +401,27 @@ def test_what_is_no_whole_dump(dump: Path, damage: object, said: str) -> None:
     assert callable(damage)
     dump.write_bytes(damage(dump.read_bytes()))
     result = invoke(dump, "--base-url", "http://127.0.0.1:9")
-    assert result.exit_code == 2 and said in result.output
+    assert result.status == 2 and said in result.said
 
 
 def test_there_is_no_such_file() -> None:
-    assert invoke("nothing.warc").exit_code == 2
+    assert invoke("nothing.warc").status == 2
 
 
 def test_a_provider_that_is_not_configured(dump: Path) -> None:
     result = invoke(dump)
-    assert result.exit_code == 2 and "no provider 'mine'" in result.output and "--base-url" in result.output
+    assert result.status == 2 and "no provider 'mine'" in result.said and "--base-url" in result.said
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:9", "ftp://h", "http://user:secret@h"])
 def test_a_base_url_that_is_none(dump: Path, url: str) -> None:
     result = invoke(dump, "--base-url", url)
-    assert result.exit_code == 2 and "base-url" in result.output and "secret" not in result.output
+    assert result.status == 2 and "base-url" in result.said and "secret" not in result.said
 
 
 def test_a_variable_that_is_not_set(dump: Path) -> None:
     result = invoke(dump, "--base-url", "http://127.0.0.1:9", "--key-env", "NOTHING")
-    assert result.exit_code == 2 and "NOTHING is not set" in result.output
+    assert result.status == 2 and "NOTHING is not set" in result.said
 
 
 def test_what_goes_out_masked_is_said(dump: Path) -> None:
@@ -359,6 +433,6 @@ def test_what_goes_out_masked_is_said(dump: Path) -> None:
     assert received.body == f'{{"a":"{hidden}"}}'.encode()
     assert received.header("x-other") == [f"a {hidden}"] and not received.header("cf-access-client-secret")
     assert received.header("x-api-key") == [OTHER_KEY], "where the provider's kind looks for it"
-    notes = [line for line in result.output.splitlines() if line.startswith("note: ")]
+    notes = [line for line in result.said.splitlines() if line.startswith("note: ")]
     assert len(notes) == 4 and "?api-key" in notes[0] and "x-other" in notes[1]
     assert "cf-access-client-secret held a credential, and is left out" in notes[2] and "body" in notes[3]

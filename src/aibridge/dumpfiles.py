@@ -12,7 +12,7 @@ decoded.
 
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -37,6 +37,7 @@ _BREAK: Final = b"\r\n"
 _ROOM: Final = 120  # for what is only known at the end of a record
 _MAX_DECODED: Final = 64 * 1024 * 1024  # a larger body is not searched to its end, so the rest is left out
 _SLICE: Final = 256 * 1024
+_CODED_SLICE: Final = 4096
 
 
 class Begun(msgspec.Struct, frozen=True):
@@ -89,8 +90,8 @@ class _CodedBody(_Body):
         self._coding = coding
         self._limit = limit
         self._pieces: list[bytes] = []
+        self._damaged: int | None = None  # the piece in which it cannot be decoded any more
         self._size = 0  # decoded
-        self._undecodable = 0  # of what is held
         self._full = False
         self._decoder: Decoder | None = None
         try:
@@ -99,44 +100,58 @@ class _CodedBody(_Body):
             self._full = True
 
     def feed(self, piece: bytes) -> bytes:
-        if self._decoder is not None:
+        for start in range(0, len(piece), _CODED_SLICE):
+            self._take(piece[start : start + _CODED_SLICE])
+        return b""
+
+    def end(self, *, broken: bool) -> bytes:
+        if self._damaged is not None:  # some of that piece may still say something
+            self._stream = MaskedStream(self._mask)
+            for decoded in self._decodable():
+                self._stream.feed(decoded)
+        self._stream.end(broken=broken)
+        self.decoded = self._stream.hit
+        if self._stream.hit or self._damaged is None:
+            data = self._clear(broken=broken) if self._stream.hit else b"".join(self._pieces)
+        else:  # it is not what it says it is: shown as it came
+            self._stream = MaskedStream(self._mask)
+            data = self._stream.feed(b"".join(self._pieces)) + self._stream.end(broken=broken)
+        self._pieces.clear()
+        self.held = 0
+        return data
+
+    def _take(self, piece: bytes) -> None:
+        if self._decoder is not None and not self._full:
             try:
                 for decoded in self._decoder.feed(piece):
                     self._size += len(decoded)
                     self._stream.feed(decoded)
+                self._full = self._size > _MAX_DECODED
             except CodingError:
-                self._decoder = None
-            self._full = self._full or self._size > _MAX_DECODED
+                self._decoder, self._damaged = None, len(self._pieces)
         if self._full:
             self.left_out += len(piece)
-            return b""
-        if self._decoder is None:
-            self._undecodable += len(piece)
-        self._pieces.append(piece)
-        self.held += len(piece)
-        return b""
+        else:
+            self._pieces.append(piece)
+            self.held += len(piece)
 
-    def end(self, *, broken: bool) -> bytes:
-        pieces, self._pieces, self.held = self._pieces, [], 0
-        self._stream.end(broken=broken)
-        if self._stream.hit:
-            self.decoded = True
-            return self._decoded(pieces, broken=broken)
-        raw = b"".join(pieces)
-        if not self._undecodable:
-            return raw
-        self._stream = MaskedStream(self._mask)  # it is not what it says it is: shown as it came
-        return self._stream.feed(raw) + self._stream.end(broken=broken)
-
-    def _decoded(self, pieces: Sequence[bytes], *, broken: bool) -> bytes:
-        """All that can be decoded. Piece by piece as before: what is damaged may take with it what stands beside it."""
-        clear, whole, decoding = MaskedStream(self._mask), bytearray(), decoder(self._coding)
+    def _decodable(self) -> Iterator[bytes]:
+        """What of the body can be decoded, to the very byte where it is damaged: the same that others could."""
         with suppress(CodingError):
-            for piece in pieces:
-                for decoded in decoding.feed(piece):
-                    whole += clear.feed(decoded)
-        whole += clear.end(broken=broken)
-        self.left_out += self._undecodable + max(len(whole) - self._limit, 0)
+            decoding = decoder(self._coding)
+            for piece in self._pieces[: self._damaged]:
+                yield from decoding.feed(piece)
+            for byte in b"" if self._damaged is None else self._pieces[self._damaged]:
+                yield from decoding.feed(bytes([byte]))
+
+    def _clear(self, *, broken: bool) -> bytes:
+        """The body decoded and masked, as far as that is possible and within the limit."""
+        stream, whole = MaskedStream(self._mask), bytearray()
+        for decoded in self._decodable():
+            whole += stream.feed(decoded)
+        whole += stream.end(broken=broken)
+        damaged = [] if self._damaged is None else self._pieces[self._damaged :]
+        self.left_out += sum(map(len, damaged)) + max(len(whole) - self._limit, 0)
         return bytes(whole[: self._limit])
 
 
@@ -146,19 +161,37 @@ class _Record:
     def __init__(self, file: "_Appended", fields: Mapping[str, str], head: bytes, body: _Body) -> None:
         self._file = file
         self._length = len(head)
+        self._gathered: list[bytes] = []
+        self._gathered_bytes = 0
         self.body = body
         lines = [b"WARC/1.1", *(f"{name}: {value}".encode() for name, value in fields.items()), b""]
         file.append(_BREAK.join(lines))
         self._room = file.size
         file.append(b" " * _ROOM + _BREAK + _BREAK + head)
 
-    def write(self, piece: bytes) -> None:
-        """The next piece of the body. In slices: to search one, the interpreter's lock is held."""
-        for start in range(0, len(piece), _SLICE):
-            self._append(self.body.feed(piece[start : start + _SLICE]))
+    @property
+    def held(self) -> int:
+        """Bytes that are kept in memory."""
+        return self._gathered_bytes + self.body.held
+
+    def gather(self, piece: bytes) -> None:
+        """The next piece of the body. Small ones are written together."""
+        self._gathered.append(piece)
+        self._gathered_bytes += len(piece)
+        if len(piece) >= _SLICE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has gathered. In slices: while one is searched, the interpreter's lock is held."""
+        data = b"".join(self._gathered)
+        self._gathered.clear()
+        self._gathered_bytes = 0
+        for start in range(0, len(data), _SLICE):
+            self._append(self.body.feed(data[start : start + _SLICE]))
 
     def end(self, truncated: str | None) -> None:
         """There is no more; `truncated` is WARC's word for why, where it should go on."""
+        self.flush()
         self._append(self.body.end(broken=truncated is not None))
         self._file.append(_BREAK + _BREAK)
         lines = [f"Content-Length: {self._length}"]
@@ -195,8 +228,9 @@ class _Appended:
 class DumpFile:
     """Writes the dump of one call into `file`, a descriptor that stays the caller's. All methods may raise OSError.
 
-    They are told what happens, in order: the request, its body, its end, the response's head and body, the call's end.
-    `limit` bounds each body. Raises ValueError or KeyError for a request that cannot be sent.
+    They are told what happens, in order: the request, its body, its end, the response's head and body, the call's end. What
+    comes of a body is in the file after `flush`. `limit` bounds each body. Raises ValueError or KeyError for a request that
+    cannot be sent.
     """
 
     def __init__(self, file: int, begun: Begun, limit: int) -> None:
@@ -228,12 +262,12 @@ class DumpFile:
     @property
     def held(self) -> int:
         """Bytes that are kept in memory."""
-        return 0 if self._record is None else self._record.body.held
+        return 0 if self._record is None else self._record.held
 
     def body(self, piece: bytes) -> None:
         """The next piece of the body, of the request or of the response."""
         if self._record is not None:
-            self._record.write(piece)
+            self._record.gather(piece)
 
     def end_body(self, truncated: str | None) -> None:
         """Of the body under way there is no more. `truncated` is WARC's word for why, where it should go on."""
@@ -265,6 +299,11 @@ class DumpFile:
         block = "".join(f"{name}: {value}\r\n" for name, value in facts.items()).encode()
         fields = self._related("metadata", ended.at) | {"Content-Type": "application/warc-fields"}
         _Record(self._file, fields, block, _Body(self._mask)).end(None)
+
+    def flush(self) -> None:
+        """Write what has gathered of a body."""
+        if self._record is not None:
+            self._record.flush()
 
     def _body(self, coding: str) -> _Body:
         coding = coding.strip().lower()

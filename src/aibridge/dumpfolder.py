@@ -42,6 +42,8 @@ class DumpFolder:
 
     def create(self, at: datetime, provider: str, call_id: str) -> tuple[str, int]:
         """A new file for a call: its name and an open descriptor."""
+        with suppress(FileExistsError):
+            self.directory.mkdir(mode=0o700, parents=True)
         name = f"{at:%Y%m%dT%H%M%S.%f}Z-{provider}-{_UNFIT.sub('_', call_id)}.warc"
         with self._opened() as directory:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -61,9 +63,7 @@ class DumpFolder:
     def tidy(self) -> None:
         """Delete what is too old, and the oldest of what is too much. What is written to now is not old."""
         self._tidied, self._written = time.monotonic(), 0
-        if not self.directory.exists():
-            return
-        with self._opened() as directory:
+        with suppress(FileNotFoundError), self._opened() as directory:
             dumps = sorted(_dumps(directory), reverse=True)
             total, oldest = 0, time.time() - self._max_seconds
             for changed, name, size in dumps:
@@ -75,8 +75,6 @@ class DumpFolder:
     @contextmanager
     def _opened(self) -> Iterator[int]:
         """The directory, for as long as it is needed: somebody may remove it."""
-        if not self.directory.exists():
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             status = os.fstat(directory)

@@ -6,7 +6,10 @@ masks credentials and writes (`aibridge.dumpfiles`). Whatever happens there, tra
 
 import asyncio
 import logging
+import math
+import os
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -17,11 +20,11 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 import msgspec
-import uuid_utils
 
 from aibridge.dumpfiles import Begun, DumpFile, Ended, Outcome
 from aibridge.dumpfolder import DumpFolder
 from aibridge.errors import UpstreamError
+from aibridge.ledger import new_id
 from aibridge.providers import Provider
 from aibridge.upstream import Upstream, UpstreamRequest, UpstreamResponse
 from aibridge.wire.observer import ResponseHead
@@ -37,6 +40,7 @@ _MAX_WAITING: Final = 64 * 1024 * 1024
 # The thread lets what comes gather for so long, rather than wake up for each event of each stream.
 _GATHER_SECONDS: Final = 0.05
 _LOOK_SECONDS: Final = 60.0  # for dumps that have become too old
+_QUIET_SECONDS: Final = 60.0
 _LAST_SECONDS: Final = 5.0
 _EVENT_BYTES: Final = 1024  # what an event without a body is taken for
 
@@ -70,8 +74,8 @@ class TrafficDumps:
         return _DumpedUpstream(self._writer, provider, upstream, self._max_dump_bytes)
 
     async def __aenter__(self) -> Self:
-        """Begin to look after the directory, also where only earlier dumps are in it."""
-        if self._directory.exists():
+        """Begin to look after the directory, if there are dumps of earlier times."""
+        if await asyncio.to_thread(os.path.exists, self._directory):
             self._writer.start()
         return self
 
@@ -93,7 +97,7 @@ class _DumpedUpstream:
 
     async def send(self, request: UpstreamRequest) -> UpstreamResponse:
         call = _Call(self.writer, self.max_bytes)
-        call.begin(Begun(request.call_id or str(uuid_utils.uuid7()), _now(), self.provider, request))
+        call.begin(Begun(request.call_id or new_id(), _now(), self.provider, request))
         if isinstance(request.body, bytes):
             call.sent(request.body)
             call.sent_all()
@@ -268,11 +272,27 @@ class _Dump:
         return 0 if self.file is None else self.file.held
 
 
+class _Complaint:
+    """Something that may go wrong often: told at most once a minute, with how often it has by then."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._count = 0
+        self._quiet_until = -math.inf
+
+    def tell(self, reason: str, error: Exception | None = None) -> None:
+        """It has gone wrong again. `error` is told with its traceback."""
+        self._count += 1
+        now = time.monotonic()
+        if now >= self._quiet_until:
+            self._quiet_until = now + _QUIET_SECONDS
+            logger.warning("%s: %s (%d so far)", self._text, reason, self._count, exc_info=error)
+
+
 class _Writer:
-    """A queue, and the thread that writes what comes through it. `failed`: so many dumps could not be written."""
+    """A queue, and the thread that writes what comes through it."""
 
     def __init__(self, folder: DumpFolder, max_dump_bytes: int) -> None:
-        self.failed = 0
         self._folder = folder
         self._max_dump_bytes = max_dump_bytes
         self._queue: deque[tuple[int, _Dump, Callable[..., Any], tuple[Any, ...]]] = deque()
@@ -281,16 +301,17 @@ class _Writer:
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        self._in_trouble = False
-        self._behind = False
+        self._behind = _Complaint("traffic is not all dumped")
+        self._trouble = _Complaint(f"traffic cannot be dumped to {folder.directory}")
 
     # ---- in the event loop ----
 
     def start(self) -> None:
-        """Start the thread, unless it runs."""
+        """Start the thread, unless it runs. Raises RuntimeError where there can be none."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="aibridge-dumps", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="aibridge-dumps", daemon=True)
+            thread.start()
+            self._thread = thread
 
     def stop(self) -> None:
         """Write what waits, and end. Blocks, for at most a few seconds."""
@@ -303,22 +324,19 @@ class _Writer:
         """Have something done for a dump, which keeps so many bytes in memory. Answers False where that is too much."""
         if self._stopping.is_set():
             return False
-        if size and self._taken - self._freed + size > _MAX_WAITING:
-            self._say_behind()
+        try:
+            self.start()
+        except RuntimeError as error:
+            self._behind.tell(str(error))
             return False
-        self.start()
+        if size and self._taken - self._freed + size > _MAX_WAITING:
+            self._behind.tell("it comes faster than it is written")
+            return False
         self._taken += size
         self._queue.append((size, dump, what, facts))
         if not self._wake.is_set():
             self._wake.set()
         return True
-
-    def _say_behind(self) -> None:
-        if not self._behind:
-            self._behind = True
-            logger.warning(
-                "traffic dumps are written more slowly than traffic comes: parts of it, or whole calls, are left out"
-            )
 
     # ---- in the thread ----
 
@@ -329,13 +347,18 @@ class _Writer:
             self._wake.wait(_LOOK_SECONDS)
             stopping = self._stopping.wait(_GATHER_SECONDS)
             self._wake.clear()
-            self._behind = False
+            written: set[_Dump] = set()
             while self._queue:
-                self._carry_out(*self._queue.popleft())
+                size, dump, what, facts = self._queue.popleft()
+                self._freed += size - self._carry_out(dump, what, facts)
+                written.add(dump)
+            for dump in written:
+                self._freed -= self._carry_out(dump, DumpFile.flush, ())
             if self._folder.untidy:
                 self._tidy()
 
-    def _carry_out(self, size: int, dump: _Dump, what: Callable[..., Any], facts: tuple[Any, ...]) -> None:
+    def _carry_out(self, dump: _Dump, what: Callable[..., Any], facts: tuple[Any, ...]) -> int:
+        """Do what is to be done, and answer how much more memory is held since."""
         held = dump.held
         try:
             if what is DumpFile:
@@ -343,11 +366,15 @@ class _Writer:
             elif dump.file is not None:
                 what(dump.file, *facts)
                 if what is DumpFile.end:
-                    self._close(dump)
+                    dump.file = None
+                    self._folder.close(dump.descriptor)
+        except OSError as error:
+            self._discard(dump)
+            self._trouble.tell(_said(error))
         except Exception as error:  # noqa: BLE001  looking at traffic never harms traffic, nor what comes after
             self._discard(dump)
-            self._report(error)
-        self._freed += size + held - dump.held
+            self._trouble.tell(type(error).__name__, error)
+        return dump.held - held
 
     def _create(self, dump: _Dump, begun: Begun) -> None:
         dump.name, dump.descriptor = self._folder.create(begun.at, begun.provider.name, begun.call_id)
@@ -355,13 +382,6 @@ class _Writer:
             dump.file = DumpFile(dump.descriptor, begun, self._max_dump_bytes)
         except (ValueError, KeyError):  # it cannot be sent, so it was not
             self._discard(dump)
-
-    def _close(self, dump: _Dump) -> None:
-        dump.file = None
-        self._folder.close(dump.descriptor)
-        if self._in_trouble:
-            self._in_trouble = False
-            logger.warning("traffic dumps are written again; %d could not be", self.failed)
 
     def _discard(self, dump: _Dump) -> None:
         dump.file = None
@@ -373,18 +393,9 @@ class _Writer:
         try:
             self._folder.tidy()
         except OSError as error:
-            self._report(error)
-
-    def _report(self, error: Exception) -> None:
-        """Once, until dumps are written again."""
-        self.failed += 1
-        if not self._in_trouble:
-            self._in_trouble = True
-            foreseen = isinstance(error, OSError)
-            what = "traffic dumps cannot be written to %s: %s"
-            logger.warning(what, self._folder.directory, _said(error), exc_info=None if foreseen else error)
+            self._trouble.tell(_said(error))
 
 
-def _said(error: Exception) -> str:
+def _said(error: OSError) -> str:
     """What is wrong, without the name of the file, which is another one each time."""
-    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return error.strerror or str(error)

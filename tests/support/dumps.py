@@ -1,14 +1,26 @@
-"""Traffic dumps, read as somebody else's program would read them: with warcio, a library for web archives."""
+"""Calls that are dumped, and their dumps, read as somebody else's program would: with warcio, a library for web archives."""
 
+import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from warcio.archiveiterator import ArchiveIterator
 
+from aibridge.dumps import TrafficDumps
+from aibridge.errors import UpstreamError
+from aibridge.providers import Provider
+from aibridge.upstream import Body, MemoryResponse, MemoryUpstream, Upstream, UpstreamRequest, UpstreamResponse
+from aibridge.wire.observer import ResponseHead
+
 from .provider import WAIT_SECONDS
+
+KEY: Final = "sk-ant-api03-secret-0123456789"
+HIDDEN: Final = b"*" * len(KEY)
+PROVIDER: Final = Provider("anthropic", "anthropic", "http://provider.test/base", dump=True)
 
 _POLL_SECONDS: Final = 0.02
 
@@ -76,3 +88,64 @@ def finished(directory: Path, count: int) -> list[Dumped]:
                 return read
         time.sleep(_POLL_SECONDS)
     raise TimeoutError(f"{count} dumps are not written")
+
+
+# ---- calls ----
+
+
+def request(
+    body: Body = b'{"model":"m"}', *headers: tuple[bytes, bytes], url: str = "/v1/messages", id: str = ""
+) -> UpstreamRequest:
+    fields = [(b"content-type", b"application/json"), *headers, (b"x-api-key", KEY.encode())]
+    return UpstreamRequest("POST", PROVIDER.base_url + url, fields, body, secrets=(KEY,), call_id=id)
+
+
+def answering(
+    *pieces: bytes | UpstreamError, status: int = 200, headers: Sequence[tuple[bytes, bytes]] = ()
+) -> MemoryUpstream:
+    return MemoryUpstream(lambda _: MemoryResponse(ResponseHead(status, headers), pieces))
+
+
+async def call(upstream: Upstream, sent: UpstreamRequest) -> bytes:
+    """One call, read to its end."""
+    response = await upstream.send(sent)
+    try:
+        return b"".join([piece async for piece in reading(response)])
+    finally:
+        response.close()
+
+
+async def reading(response: UpstreamResponse) -> AsyncIterator[bytes]:
+    while piece := await response.read():
+        yield piece
+
+
+async def pieces(*given: bytes) -> AsyncIterator[bytes]:
+    for piece in given:
+        yield piece
+
+
+async def dump_of(folder: Path, upstream: Upstream, sent: UpstreamRequest, **bounds: int) -> Dumped:
+    """The dump of one call, whatever comes of it."""
+    async with TrafficDumps(folder, **bounds) as dumps:
+        with suppress(UpstreamError):
+            await call(dumps.upstream(PROVIDER, upstream), sent)
+    (found,) = dumps_in(folder)
+    return dumped(found)
+
+
+class Uploading(MemoryUpstream):
+    """Takes the whole body before it answers."""
+
+    async def send(self, request: UpstreamRequest) -> UpstreamResponse:
+        if not isinstance(request.body, bytes):
+            async for _ in request.body:
+                pass
+        return await super().send(request)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what the thread does."""
+    async with asyncio.timeout(WAIT_SECONDS):
+        while not condition():  # a thread's files set no event
+            await asyncio.sleep(0.01)
