@@ -15,6 +15,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from aibridge.breakers import BreakerState
 from aibridge.config import load
 from aibridge.events import (
+    GIVEN_UP,
     BreakerChanged,
     BreakerRejected,
     CallAnswered,
@@ -89,7 +90,7 @@ OURS = {
     "upstream_retries_total": ("provider", "reason"),
 }
 ALL = CONTRACT | OURS
-STATUSES = ("1xx", "2xx", "3xx", "4xx", "5xx", "error")
+STATUSES = ("1xx", "2xx", "3xx", "4xx", "5xx", "error", "given_up")
 BOUNDS = Bounds()
 KINDS = {Counter: "counter", Gauge: "gauge", Histogram: "histogram"}
 
@@ -175,7 +176,7 @@ def test_every_label_and_its_values_are_documented() -> None:
     assert re.findall(r"`(\w+)`", rows["type"]) == ["input", "output", "cache_read", "cache_write"]
     for label, values in {
         "reason": {*get_args(RefusalReason), "connection", "lost", "unknown"},
-        "status": {*get_args(Status)} - {"in_progress"} | {"2xx", "3xx", "4xx", "5xx", "error"},
+        "status": {*get_args(Status)} - {"in_progress"} | {*STATUSES},
         "kind": {kind.__name__ for kind in get_args(Record)},
         "to": {*get_args(Destination)},
         "state": {"idle", "in_use"},
@@ -267,14 +268,16 @@ def test_calls_of_providers() -> None:
     counted = Counted()
     for _ in range(3):
         counted.metrics(CallBegan("i", "vllm", "/v1/responses", "m", "http://vllm", hop=1, attempt=1))
-    for status in (200, 204, 429, 529, None):
-        counted.metrics(CallAnswered("i", "vllm", status, None if status else "unreachable", 0.5))
+    for status in (200, 204, 429, 529):
+        counted.metrics(CallAnswered("i", "vllm", status, None, 0.5))
+    for error in ("The provider could not be reached.", "It broke off.", GIVEN_UP):
+        counted.metrics(CallAnswered("i", "vllm", None, error, 0.5))
     counted.metrics(CallEnded("i", "vllm"))
     counted.metrics(Retried("i", "vllm", "503", 0.2))
     counted.metrics(Refused("vllm", "alice", "rate"))
     assert counted.value("upstream_calls_inflight", provider="vllm") == 2
     found = {status: counted.value("upstream_responses_total", provider="vllm", status=status) for status in STATUSES}
-    assert found == {"1xx": None, "2xx": 2, "3xx": None, "4xx": 1, "5xx": 1, "error": 1}
+    assert found == {"1xx": None, "2xx": 2, "3xx": None, "4xx": 1, "5xx": 1, "error": 2, "given_up": 1}
     assert counted.value("upstream_retries_total", provider="vllm", reason="503") == 1
     assert counted.value("refusals_total", provider="vllm", reason="rate") == 1
 

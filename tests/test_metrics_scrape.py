@@ -279,6 +279,17 @@ def test_passthrough(script: Script) -> None:
     assert script.end.all("passthrough_total", *ALL["passthrough_total"]) == {("anthropic", "/v1/models", "GET"): 1}
 
 
+# ---- providers ----
+
+
+def test_calls(script: Script) -> None:
+    """Of the seven of Anthropic's, two are turns of one interception and one was passed through."""
+    by = ALL["upstream_responses_total"]
+    assert script.end.all("upstream_responses_total", *by) == {("anthropic", "2xx"): 7, ("openai", "5xx"): 1}
+    assert script.at["midway"].all("upstream_calls_inflight", "provider") == {("anthropic",): 1, ("openai",): 0}
+    assert script.end.all("upstream_calls_inflight", "provider") == {("anthropic",): 0, ("openai",): 0}
+
+
 # ---- injected tools ----
 
 
@@ -325,6 +336,11 @@ def test_the_recorder(script: Script) -> None:
     assert 6 * 2 <= writes["database",] <= script.records, "each interception waits for its start and its end"
     assert 2 <= writes["spool",] <= 4
     assert all(seconds > 0 for seconds in script.at["replayed"].all("recorder_write_seconds_sum", "to").values())
+
+
+def test_commits(script: Script) -> None:
+    assert script.end.value("interceptions_commit_seconds_count") == 6
+    assert 0 < script.end.value("interceptions_commit_seconds_sum") < WAIT_SECONDS  # type: ignore[operator]
 
 
 def test_readiness(script: Script) -> None:
