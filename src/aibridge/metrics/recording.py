@@ -44,7 +44,6 @@ class Recording:
     def _write(self, event: RecordsWritten) -> None:
         (self._written if event.to == "database" else self._spooled).inc(event.records)
         self._seconds[event.to,].observe(event.seconds)
-        self._queued.set(event.queued)
 
     def _replay(self, event: RecordsReplayed) -> None:
         self._replayed.inc(event.records)
