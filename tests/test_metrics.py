@@ -8,13 +8,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, get_args
 
+import prometheus_client
 import pytest
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.metrics import MetricWrapperBase
 
 from aibridge.breakers import BreakerState
 from aibridge.config import load
 from aibridge.events import (
+    GIVEN_UP,
     BreakerChanged,
     BreakerRejected,
     CallAnswered,
@@ -31,7 +33,7 @@ from aibridge.events import (
     Retried,
 )
 from aibridge.limits import RefusalReason
-from aibridge.metrics import Bounds, Metrics, Sample
+from aibridge.metrics import Bounds, Metrics, Sample, unchecked
 from aibridge.records import (
     Interception,
     InterceptionEnded,
@@ -89,9 +91,8 @@ OURS = {
     "upstream_retries_total": ("provider", "reason"),
 }
 ALL = CONTRACT | OURS
-STATUSES = ("1xx", "2xx", "3xx", "4xx", "5xx", "error")
+STATUSES = ("1xx", "2xx", "3xx", "4xx", "5xx", "error", "given_up")
 BOUNDS = Bounds()
-KINDS = {Counter: "counter", Gauge: "gauge", Histogram: "histogram"}
 
 
 class Counted:
@@ -164,7 +165,7 @@ def test_the_documentation_says_the_same() -> None:
     rows = re.findall(r"^\| `(aibridge_\w+)` \| (\w+) \|(.*?)\|", DOCUMENTATION.read_text(), re.MULTILINE)
     documented = {name: (kind, tuple(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
     found = registered(Counted(namespace="aibridge").registry)
-    assert documented == {name: (KINDS[type(metric)], metric._labelnames) for name, metric in found.items()}
+    assert documented == {name: (metric._type, metric._labelnames) for name, metric in found.items()}
 
 
 def test_every_label_and_its_values_are_documented() -> None:
@@ -175,7 +176,7 @@ def test_every_label_and_its_values_are_documented() -> None:
     assert re.findall(r"`(\w+)`", rows["type"]) == ["input", "output", "cache_read", "cache_write"]
     for label, values in {
         "reason": {*get_args(RefusalReason), "connection", "lost", "unknown"},
-        "status": {*get_args(Status)} - {"in_progress"} | {"2xx", "3xx", "4xx", "5xx", "error"},
+        "status": {*get_args(Status)} - {"in_progress"} | {*STATUSES},
         "kind": {kind.__name__ for kind in get_args(Record)},
         "to": {*get_args(Destination)},
         "state": {"idle", "in_use"},
@@ -267,14 +268,16 @@ def test_calls_of_providers() -> None:
     counted = Counted()
     for _ in range(3):
         counted.metrics(CallBegan("i", "vllm", "/v1/responses", "m", "http://vllm", hop=1, attempt=1))
-    for status in (200, 204, 429, 529, None):
-        counted.metrics(CallAnswered("i", "vllm", status, None if status else "unreachable", 0.5))
+    for status in (200, 204, 429, 529):
+        counted.metrics(CallAnswered("i", "vllm", status, None, 0.5))
+    for error in ("The provider could not be reached.", "It broke off.", GIVEN_UP):
+        counted.metrics(CallAnswered("i", "vllm", None, error, 0.5))
     counted.metrics(CallEnded("i", "vllm"))
     counted.metrics(Retried("i", "vllm", "503", 0.2))
     counted.metrics(Refused("vllm", "alice", "rate"))
     assert counted.value("upstream_calls_inflight", provider="vllm") == 2
     found = {status: counted.value("upstream_responses_total", provider="vllm", status=status) for status in STATUSES}
-    assert found == {"1xx": None, "2xx": 2, "3xx": None, "4xx": 1, "5xx": 1, "error": 1}
+    assert found == {"1xx": None, "2xx": 2, "3xx": None, "4xx": 1, "5xx": 1, "error": 2, "given_up": 1}
     assert counted.value("upstream_retries_total", provider="vllm", reason="503") == 1
     assert counted.value("refusals_total", provider="vllm", reason="rate") == 1
 
@@ -313,13 +316,11 @@ def test_breakers_that_share_a_label_show_the_worst() -> None:
 def test_the_recorder() -> None:
     counted = Counted()
     counted.metrics(RecordsWritten(5, 0.002, "database", 3))
-    assert counted.value("recorder_queue_depth") == 3
     counted.metrics(RecordsWritten(4, 0.001, "spool", 0))
     counted.metrics(RecordsReplayed(2))
     counted.metrics(Committed("i", 0.004))
     names = ("written", "spooled", "replayed")
     assert [counted.value(f"records_{name}_total") for name in names] == [5, 4, 2]
-    assert counted.value("recorder_queue_depth") == 0
     assert counted.value("recorder_write_seconds_sum", to="database") == 0.002
     assert counted.value("recorder_write_seconds_sum", to="spool") == 0.001
     assert counted.value("interceptions_commit_seconds_sum") == 0.004
@@ -341,6 +342,26 @@ def test_a_sample() -> None:
     assert counted.value("ready") == 0
     assert counted.value("mcp_server_connected", server="git") == 1
     assert str(counted.value("mcp_server_connected", server="wiki")) == "nan", "it is not configured any more"
+
+
+def test_without_prometheus_clients_checks_they_count_the_same() -> None:
+    """`aibridge.metrics.unchecked` has less to do for each value, and the same to say in the end."""
+    scraped = []
+    for kinds in (prometheus_client, unchecked):
+        registry = CollectorRegistry()
+        counter = kinds.Counter("c_total", "", ["l"], registry=registry).labels("x")
+        gauge = kinds.Gauge("g", "", ["l"], registry=registry).labels("x")
+        histogram = kinds.Histogram("h", "", ["l"], registry=registry, buckets=(0.1, 1.0)).labels("x")
+        counter.inc()
+        counter.inc(2.5)
+        gauge.set(4)
+        gauge.inc()
+        gauge.dec(3)
+        for value in (0, 0.1, 0.11, 1.0, 1.01, 1e9):
+            histogram.observe(value)
+        scraped.append(re.sub(r"\d\.\d+e\+09\n", "then\n", prometheus_client.generate_latest(registry).decode()))
+    assert scraped[0] == scraped[1]
+    assert 'h_bucket{l="x",le="1.0"} 4.0' in scraped[1]
 
 
 # ---- the bound ----

@@ -11,13 +11,14 @@ import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, get_args
 from uuid import uuid4
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from aibridge import MemoryRecorder
+from aibridge.records import Record
 from aibridge.server import Server
 from aibridge.upstream import MemoryResponse, MemoryUpstream, UpstreamRequest
 from aibridge.wire.observer import ResponseHead
@@ -278,6 +279,17 @@ def test_passthrough(script: Script) -> None:
     assert script.end.all("passthrough_total", *ALL["passthrough_total"]) == {("anthropic", "/v1/models", "GET"): 1}
 
 
+# ---- providers ----
+
+
+def test_calls(script: Script) -> None:
+    """Of the seven of Anthropic's, two are turns of one interception and one was passed through."""
+    by = ALL["upstream_responses_total"]
+    assert script.end.all("upstream_responses_total", *by) == {("anthropic", "2xx"): 7, ("openai", "5xx"): 1}
+    assert script.at["midway"].all("upstream_calls_inflight", "provider") == {("anthropic",): 1, ("openai",): 0}
+    assert script.end.all("upstream_calls_inflight", "provider") == {("anthropic",): 0, ("openai",): 0}
+
+
 # ---- injected tools ----
 
 
@@ -311,8 +323,10 @@ def test_records(script: Script) -> None:
     assert counted("end") == [script.records, 0, 0]
     assert counted("spooled") == [script.records, 4, 0], "a start, and a prompt, a usage and an end"
     assert counted("replayed") == [script.records, 4, 4]
-    assert script.at["replayed"].all("records_lost_total", "kind") == {}
-    assert script.at["recovered"].all("records_lost_total", "kind") == {("Interception",): 1}
+    none = {(kind,): 0 for kind in (*(kind.__name__ for kind in get_args(Record)), "")}
+    assert script.at["start"].all("records_lost_total", "kind") == none, "a rate needs the 0 before the 1"
+    assert script.at["replayed"].all("records_lost_total", "kind") == none
+    assert script.at["recovered"].all("records_lost_total", "kind") == none | {("Interception",): 1}
 
 
 def test_the_recorder(script: Script) -> None:
@@ -322,6 +336,11 @@ def test_the_recorder(script: Script) -> None:
     assert 6 * 2 <= writes["database",] <= script.records, "each interception waits for its start and its end"
     assert 2 <= writes["spool",] <= 4
     assert all(seconds > 0 for seconds in script.at["replayed"].all("recorder_write_seconds_sum", "to").values())
+
+
+def test_commits(script: Script) -> None:
+    assert script.end.value("interceptions_commit_seconds_count") == 6
+    assert 0 < script.end.value("interceptions_commit_seconds_sum") < WAIT_SECONDS  # type: ignore[operator]
 
 
 def test_readiness(script: Script) -> None:

@@ -17,7 +17,7 @@ from msgspec import structs
 
 from aibridge.breakers import BreakerKey, Breakers, Permit
 from aibridge.errors import BreakerOpen, BridgeError, Unreachable, Unsendable, UpstreamError
-from aibridge.events import BreakerRejected, CallAnswered, CallBegan, CallEnded, Event, Observer, Retried, notify
+from aibridge.events import GIVEN_UP, BreakerRejected, CallAnswered, CallBegan, CallEnded, Event, Observer, Retried, notify
 from aibridge.ledger import new_id
 from aibridge.providers import Provider
 from aibridge.retries import retry_after
@@ -139,7 +139,7 @@ class Caller:
         try:
             response = await self.upstream.send(request)
         except BaseException as error:
-            said = error.message if isinstance(error, BridgeError) else "The call was given up."
+            said = error.message if isinstance(error, BridgeError) else GIVEN_UP
             now = time.monotonic()
             notify(self.observers, CallAnswered(identity, name, None, said, now - started))
             notify(self.observers, CallEnded(identity, name))

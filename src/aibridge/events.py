@@ -6,7 +6,7 @@ happened in plain facts, never quotes content, and is told in the event loop, at
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
@@ -86,6 +86,10 @@ class CallBegan(msgspec.Struct, frozen=True):
     url: str
     hop: int
     attempt: int
+
+
+GIVEN_UP: Final = "The call was given up."
+"""Why a call has no answer that nobody waits for any more: its client has gone, or the gateway stops."""
 
 
 class CallAnswered(msgspec.Struct, frozen=True):

@@ -1,9 +1,10 @@
 """What is counted of the recorder's work."""
 
-from typing import Final
+from typing import Final, get_args
 
 from aibridge.events import RecordLost, RecordsReplayed, RecordsWritten
 from aibridge.metrics.series import Children, Consumers, Maker
+from aibridge.records import Record
 
 _WRITES: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
@@ -20,6 +21,8 @@ class Recording:
         self._lost = Children(
             make.counter("records_lost_total", "Records that neither database nor spool could keep.", "kind")
         )
+        for kind in (*(kind.__name__ for kind in get_args(Record)), ""):
+            _ = self._lost[kind,]  # there with 0, or who looks at the rate would miss the first one
         self._seconds = Children(
             make.histogram(
                 "recorder_write_seconds", "How long a commit, or a write to the spool, took.", "to", buckets=_WRITES
@@ -41,7 +44,6 @@ class Recording:
     def _write(self, event: RecordsWritten) -> None:
         (self._written if event.to == "database" else self._spooled).inc(event.records)
         self._seconds[event.to,].observe(event.seconds)
-        self._queued.set(event.queued)
 
     def _replay(self, event: RecordsReplayed) -> None:
         self._replayed.inc(event.records)

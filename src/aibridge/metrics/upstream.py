@@ -6,6 +6,7 @@ from typing import Final
 
 from aibridge.breakers import BreakerState
 from aibridge.events import (
+    GIVEN_UP,
     BreakerChanged,
     BreakerRejected,
     CallAnswered,
@@ -31,7 +32,7 @@ class Calls:
         self._responses = Children(
             make.counter(
                 "upstream_responses_total",
-                "Answers of providers to requests, by the class of their status; error where there was none.",
+                "Answers of providers to requests, by the class of their status, and what came in place of one.",
                 *("provider", "status"),
             )
         )
@@ -60,8 +61,7 @@ class Calls:
         self._inflight[event.provider_name,].inc()
 
     def _answer(self, event: CallAnswered) -> None:
-        status = "error" if event.http_status is None else f"{event.http_status // 100}xx"
-        self._responses[event.provider_name, status].inc()
+        self._responses[event.provider_name, _status(event)].inc()
 
     def _end(self, event: CallEnded) -> None:
         self._inflight[event.provider_name,].dec()
@@ -74,6 +74,12 @@ class Calls:
 
     def _refuse(self, event: Refused) -> None:
         self._refusals[event.provider_name, event.reason].inc()
+
+
+def _status(answer: CallAnswered) -> str:
+    if answer.http_status is not None:
+        return f"{answer.http_status // 100}xx"
+    return "given_up" if answer.error == GIVEN_UP else "error"
 
 
 class Breakers:
