@@ -5,7 +5,6 @@ when one of the processes dies or is told to stop is our promise (docs/architect
 """
 
 import asyncio
-import json
 import os
 import re
 import signal
@@ -307,8 +306,7 @@ async def test_a_worker_that_is_told_to_stop_lets_its_streams_end(provider: Thre
 
 async def test_a_worker_that_hangs_is_replaced(provider: ThreadedProvider) -> None:
     """A regular expression that takes for ever keeps its event loop: it says so, is ended, and the other one serves on."""
-    sums = [sys.executable, str(Path(__file__).with_name("support") / "sums_server.py")]
-    toml = f"[mcp]\nskip_models = ['^(a+)+$']\n[mcp.servers.sums]\ncommand = {json.dumps(sums)}\nstart_timeout = 30\n"
+    toml = "[mcp]\nskip_models = ['^(a+)+$']\n[mcp.servers.mute]\ncommand = ['sleep', '600']\nstart_timeout = 0.1\n"
     with workers(provider, toml=toml, worker_timeout=3) as gateway:
         before = processes(gateway)
         hangs = asyncio.create_task(
