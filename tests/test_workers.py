@@ -42,13 +42,21 @@ from tests.support.rawclient import RawClient
 from tests.test_cli import process
 
 WORKERS = 2
+MODEL = b"some-model"
 TRIES = 64  # connections, of which each worker gets about half
 
 
 @contextmanager
-def workers(provider: ThreadedProvider, *, grace: float = 10) -> Iterator[Gateway]:
-    env = {"AIBRIDGE_SERVER__WORKERS": str(WORKERS), "AIBRIDGE_SERVER__SHUTDOWN_GRACE": str(grace)}
-    with Gateway(anthropic_base_url=provider.url, openai_base_url=f"{provider.url}/v1", env=env) as gateway:
+def workers(
+    provider: ThreadedProvider, *, grace: float = 10, worker_timeout: float = 60, toml: str = ""
+) -> Iterator[Gateway]:
+    env = {
+        "AIBRIDGE_SERVER__WORKERS": str(WORKERS),
+        "AIBRIDGE_SERVER__SHUTDOWN_GRACE": str(grace),
+        "AIBRIDGE_SERVER__WORKER_TIMEOUT": str(worker_timeout),
+    }
+    openai = f"{provider.url}/v1"
+    with Gateway(anthropic_base_url=provider.url, openai_base_url=openai, env=env, toml=toml) as gateway:
         yield gateway
         assert "Traceback" not in gateway.output
 
@@ -294,6 +302,39 @@ async def test_a_worker_that_is_told_to_stop_lets_its_streams_end(provider: Thre
             gate.set()
             assert all([await stream.ends() for open_ in streams.values() for stream in open_])
             await until(lambda: gateway.output.count("worker 2 is ready") == 2, "no worker has taken the place")
+
+
+async def test_a_worker_that_hangs_is_replaced(provider: ThreadedProvider) -> None:
+    """A regular expression that takes for ever keeps its event loop: it says so, is ended, and the other one serves on."""
+    toml = "[mcp]\nskip_models = ['^(a+)+$']\n[mcp.servers.mute]\ncommand = ['sleep', '600']\nstart_timeout = 0.1\n"
+    with workers(provider, toml=toml, worker_timeout=3) as gateway:
+        before = processes(gateway)
+        hangs = asyncio.create_task(
+            ask(gateway.url, (MESSAGES_STREAM[0], MESSAGES_STREAM[1].replace(MODEL, b"a" * 40 + b"b")))
+        )
+        await until(lambda: "it hangs" in gateway.output, "nobody notices")
+        await until(lambda: gateway.output.count("is ready") == WORKERS + 1, "no worker has taken the place")
+        assert (await hangs).status is None
+        (hung,) = [number for number, pid in processes(gateway).items() if pid != before[number]]
+        assert f"worker {hung} has not answered for 3 seconds, it hangs" in gateway.output
+        assert f"worker {hung} (process {before[hung]}) ended by signal 6; it is replaced" in gateway.output
+        assert re.search(r'most recent call first.*File ".*injection\.py"', gateway.output, re.DOTALL), (
+            "it says where it hung"
+        )
+        assert (await ask(gateway.url, MESSAGES_STREAM)).complete
+        assert ledger(gateway.database).statuses == {"completed": 1}, "it hung before anything was begun"
+
+
+async def test_a_worker_that_stands_still_is_killed(provider: ThreadedProvider) -> None:
+    """One that is stopped takes no signal but SIGKILL. The one that works is not disturbed."""
+    with workers(provider, worker_timeout=3) as gateway:
+        before = processes(gateway)
+        os.kill(before[1], signal.SIGSTOP)
+        await until(lambda: gateway.output.count("worker 1 is ready") == 2, "no worker has taken the place")
+        assert f"worker 1 (process {before[1]}) ended by signal 9" in gateway.output
+        assert processes(gateway)[2] == before[2]
+        for _ in range(8):
+            assert (await ask(gateway.url, MESSAGES_STREAM)).complete
 
 
 def test_the_pause_before_a_replacement() -> None:

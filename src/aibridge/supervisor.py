@@ -249,13 +249,11 @@ async def _pass_on(orders: _Orders, worker: "Connection[Order, str]") -> None:
 
 
 async def _end(process: SpawnProcess) -> None:
-    """End a process that hangs. With SIGABRT it says where, if it can."""
+    """End a process that hangs. With SIGABRT it says where, if it can. Is cancelled when the process has ended."""
     assert process.pid is not None  # noqa: S101  it was started
     os.kill(process.pid, signal.SIGABRT)
-    try:
-        await asyncio.wait_for(_readable(process.sentinel), _LAST_WORDS_SECONDS)
-    except TimeoutError:
-        process.kill()
+    await asyncio.sleep(_LAST_WORDS_SECONDS)
+    process.kill()
 
 
 class BackOff:
