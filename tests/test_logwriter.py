@@ -10,7 +10,7 @@ import os
 import select
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -98,6 +98,19 @@ def collected(pipe: Pipe, count: int) -> list[bytes]:
 
     wait_until(come, f"{count} lines have not come")
     return found.splitlines(keepends=True)
+
+
+def in_time(action: Callable[..., object], *arguments: object) -> None:
+    """Do it, and fail where it waits: a write to a full pipe does so for ever."""
+    thread = threading.Thread(target=action, args=arguments, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive(), "it waits"
+
+
+def write_all(writer: LineWriter, *lines: bytes) -> None:
+    for line in lines:
+        writer.write(line)
 
 
 def settled(writer: LineWriter) -> None:
@@ -192,8 +205,7 @@ def test_a_file(tmp_path: Any) -> None:
 def test_nobody_reads_for_a_while(pipe: Pipe) -> None:
     writer = LineWriter(pipe.write, lost)
     filled = pipe.fill()
-    for number in range(1000):
-        writer.write(b"%d\n" % number)  # which would wait for ever
+    in_time(write_all, writer, *(b"%d\n" % number for number in range(1000)))
     pipe.empty(filled)
     found = collected(pipe, 1000)
     assert found == [b"%d\n" % number for number in range(1000)]
@@ -202,13 +214,16 @@ def test_nobody_reads_for_a_while(pipe: Pipe) -> None:
     assert pipe.lines == [b"after\n"]
 
 
-async def test_nobody_reads_and_the_event_loop_goes_on(pipe: Pipe) -> None:
+def test_nobody_reads_and_the_event_loop_goes_on(pipe: Pipe) -> None:
     writer = LineWriter(pipe.write, lost)
     filled = pipe.fill()
-    for number in range(3):
-        writer.gather(b"%d\n" % number)
-        async with asyncio.timeout(10):
+
+    async def go_on() -> None:
+        for number in range(3):
+            writer.gather(b"%d\n" % number)
             await asyncio.sleep(0)
+
+    in_time(asyncio.run, go_on())
     pipe.empty(filled)
     assert collected(pipe, 3) == [b"0\n", b"1\n", b"2\n"]
     settled(writer)
@@ -218,8 +233,7 @@ def test_nobody_reads_for_too_long(pipe: Pipe) -> None:
     """What is over the bound is lost, and that is said."""
     writer = LineWriter(pipe.write, lost, max_waiting=10)
     filled = pipe.fill()
-    for number in range(10):
-        writer.write(b"%d\n" % number)
+    in_time(write_all, writer, *(b"%d\n" % number for number in range(10)))
     assert writer._size == 10
     pipe.empty(filled)
     found = collected(pipe, 6)
@@ -234,8 +248,7 @@ def test_a_slow_reader_gets_everything(pipe: Pipe) -> None:
     fcntl.fcntl(pipe.write, fcntl.F_SETPIPE_SZ, 4096)
     writer = LineWriter(pipe.write, lost)
     lines = [b"%d%s\n" % (number, b"x" * 500) for number in range(200)]
-    for line in lines:
-        writer.write(line)
+    in_time(write_all, writer, *lines)
     assert collected(pipe, 200) == lines
     settled(writer)
 
@@ -273,7 +286,7 @@ def test_the_disk_was_full(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_end_waits_for_a_slow_reader(pipe: Pipe) -> None:
     writer = LineWriter(pipe.write, lost)
     filled = pipe.fill()
-    writer.write(b"last\n")
+    in_time(write_all, writer, b"last\n")
     closing = threading.Thread(target=writer.close, args=(30,))
     closing.start()
     pipe.empty(filled)
@@ -285,7 +298,7 @@ def test_the_end_waits_for_a_slow_reader(pipe: Pipe) -> None:
 def test_but_not_for_ever(pipe: Pipe) -> None:
     writer = LineWriter(pipe.write, lost)
     pipe.fill()
-    writer.write(b"last\n")
+    in_time(write_all, writer, b"last\n")
     writer.close(0.01)
     assert list(writer._lines) == [b"last\n"]
     os.close(pipe.read)  # so that the thread ends
@@ -310,20 +323,41 @@ def test_a_line_from_within_a_write(pipe: Pipe, monkeypatch: pytest.MonkeyPatch)
         return write(file, data)
 
     monkeypatch.setattr(os, "write", interrupted)
-    writer.write(b"outer\n")
+    in_time(write_all, writer, b"outer\n")
     assert pipe.lines == [b"outer\n", b"inner\n"]
 
 
 def test_no_thread_can_be_started(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """As at the very end of an interpreter (threading.Thread.start: RuntimeError). Who writes next tries again."""
 
+    begin = threading.Thread.start
+
     def start(self: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
+        if self.name == "log":
+            raise RuntimeError("can't start new thread")
+        begin(self)
 
     monkeypatch.setattr(threading.Thread, "start", start)
     writer = LineWriter(pipe.write, lost)
     filled = pipe.fill()
-    writer.write(b"one\n")
+    in_time(write_all, writer, b"one\n")
     pipe.empty(filled)
     writer.write(b"two\n")
     assert pipe.lines == [b"one\n", b"two\n"]
+
+
+def test_the_rest_of_a_line_comes_before_the_news_that_others_are_lost(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal may end a write in its middle (signal(7), "Interruption of system calls")."""
+    writer = LineWriter(pipe.write, lost, max_waiting=10)
+    write, sizes = os.write, [3]
+
+    def interrupted(file: int, data: bytes) -> int:
+        if not sizes:
+            return write(file, data)
+        writer.write(b"too long by far\n")
+        return write(file, data[: sizes.pop()])
+
+    monkeypatch.setattr(os, "write", interrupted)
+    writer.write(b"one1\n")
+    writer.write(b"two\n")
+    assert pipe.lines == [b"one1\n", b"lost 1\n", b"two\n"]

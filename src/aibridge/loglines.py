@@ -128,7 +128,7 @@ class Console:
         if kind is not LogLine:
             names, values = _OWN_FIELDS[kind]
             shown = zip(names, values(line), strict=True)
-            text += "".join([f"{name}{_shown(value)}" for name, value in shown if value is not None])
+            text += "".join([name + _SHOWN[type(value)](value) for name, value in shown if value is not None])
         if line.exception is not None:
             text += "".join(f"\n    {one}" for one in line.exception.split("\n"))
         return f"{text}\n".encode()
@@ -154,11 +154,15 @@ def _local(seconds: int) -> str:
     return datetime.fromtimestamp(seconds).isoformat(" ")  # noqa: DTZ006  people's own time, as the console's user has it
 
 
-def _shown(value: Any) -> Any:
-    """A value of a field. Quoted where it would not be seen where it ends."""
-    if isinstance(value, str):
-        return _json.encode(value).decode() if not value or _AMBIGUOUS.search(value) else value
-    return value if not isinstance(value, bool) else str(value).lower()
+def _shown_text(text: str) -> str:
+    """Quoted where it would not be seen where it ends."""
+    return _json.encode(text).decode() if not text or _AMBIGUOUS.search(text) else text
 
 
 _AMBIGUOUS: Final = re.compile(r'[ "=\\]')
+_SHOWN: Final[dict[type, Callable[[Any], str]]] = {
+    str: _shown_text,
+    bool: lambda value: "true" if value else "false",
+    int: str,
+    float: str,
+}
