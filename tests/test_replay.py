@@ -12,14 +12,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from aibridge.cli import main
+from aibridge.dumpfiles import Unusable, read_request
 from aibridge.dumps import TrafficDumps
 from aibridge.providers import Provider
 from aibridge.upstream import MemoryResponse, MemoryUpstream, UpstreamRequest
@@ -394,14 +396,26 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda data: data.replace(b"Content-Length: ", b"                ", 1), "never written to the end"),
         (lambda data: data[: data.index(b'{"a"') + 3], "ends inside"),
         (lambda data: data[: data.index(b"POST") + 3], "ends inside"),
+        (lambda data: data.replace(b"Content-Length: ", b"Content-Length: 99999999", 1), "ends inside"),
+        (lambda data: data.replace(b"HTTP/1.1", b"GARBAGE!"), "does not hold an HTTP request"),
     ],
-    ids=["empty", "text", "other-warc", "foreign", "under-way", "cut", "cut-head"],
+    ids=["empty", "text", "other-warc", "foreign", "under-way", "cut", "cut-head", "too-long", "no-http"],
 )
 def test_what_is_no_whole_dump(dump: Path, damage: object, said: str) -> None:
     assert callable(damage)
     dump.write_bytes(damage(dump.read_bytes()))
     result = invoke(dump, "--base-url", "http://127.0.0.1:9")
     assert result.status == 2 and said in result.said
+
+
+@given(st.binary(max_size=60), st.floats(0, 1), st.floats(0, 1))
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_is_in_a_file_is_read_or_refused(dump: Path, garbage: bytes, start: float, end: float) -> None:
+    data = dump.read_bytes()
+    damaged = dump.with_name("damaged.warc")
+    damaged.write_bytes(data[: int(start * len(data))] + garbage + data[int(end * len(data)) :])
+    with suppress(Unusable):
+        assert read_request(damaged).method.isalpha()
 
 
 def test_there_is_no_such_file() -> None:
@@ -434,5 +448,6 @@ def test_what_goes_out_masked_is_said(dump: Path) -> None:
     assert received.header("x-other") == [f"a {hidden}"] and not received.header("cf-access-client-secret")
     assert received.header("x-api-key") == [OTHER_KEY], "where the provider's kind looks for it"
     notes = [line for line in result.said.splitlines() if line.startswith("note: ")]
-    assert len(notes) == 4 and "?api-key" in notes[0] and "x-other" in notes[1]
-    assert "cf-access-client-secret held a credential, and is left out" in notes[2] and "body" in notes[3]
+    assert len(notes) == 5 and notes[0] == "note: it was sent to http://127.0.0.1:9/base"
+    assert "?api-key" in notes[1] and "x-other" in notes[2]
+    assert "cf-access-client-secret held a credential, and is left out" in notes[3] and "body" in notes[4]

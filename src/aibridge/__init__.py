@@ -21,6 +21,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from aibridge.bridge import RequestBridge
+from aibridge.dumps import TrafficDumps
 from aibridge.history import History, MemoryHistory
 from aibridge.identity import Actor, as_actor
 from aibridge.injection import Injection
@@ -60,6 +61,7 @@ __all__ = [
     "Tool",
     "Toolbox",
     "Traces",
+    "TrafficDumps",
     "__version__",
     "as_actor",
 ]

@@ -11,6 +11,7 @@ decoded.
 """
 
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -353,27 +354,30 @@ def read_request(path: Path) -> DumpedRequest:
     """The request of a dump. Raises `Unusable`, also for one of which a part is missing; OSError."""
     with path.open("rb") as file:
         fields = _read_fields(file)
-        if fields.get("warc-type") != "request" or "aibridge-base-url" not in fields:
+        if fields.get("warc-type") != "request" or not fields.keys() >= _NEEDED:
             raise Unusable("it is not a traffic dump of aibridge")
-        if not fields.get("content-length", "").isdigit():
+        if not _LENGTH.fullmatch(fields.get("content-length", "")):
             raise Unusable("its request was never written to the end: it may be under way still, or the process has died")
         if why := fields.get("warc-truncated"):
             raise Unusable(f"its request was cut ({_CUTS.get(why, why)}), so it cannot be sent again")
-        block = file.read(int(fields["content-length"]))
-    head, end, body = block.partition(_BREAK + _BREAK)
-    if len(block) < int(fields["content-length"]) or not end:
-        raise Unusable("the file ends inside of its request")
-    line, *lines = head.split(_BREAK)
+        length = int(fields["content-length"])
+        if os.fstat(file.fileno()).st_size - file.tell() < length:
+            raise Unusable("the file ends inside of its request")
+        head, _, body = file.read(length).partition(_BREAK + _BREAK)
+    start, *lines = head.split(_BREAK)
+    method = _START.fullmatch(start)
+    if method is None:
+        raise Unusable("it does not hold an HTTP request")
     given = [(name, value) for name, _, value in (line.partition(b": ") for line in lines)]
     states = fields.get("aibridge-body", "")
     ours = {b"host", b"content-length", b"transfer-encoding"} | ({b"content-encoding"} if "decoded" in states else set())
-    base_url, url = fields["aibridge-base-url"], fields["warc-target-uri"]
+    base_url = fields["aibridge-base-url"]
     return DumpedRequest(
         provider=fields["aibridge-provider"],
         kind="anthropic" if fields["aibridge-kind"] == "anthropic" else "openai",
         base_url=base_url,
-        method=line.split(b" ")[0].decode("ascii"),
-        path=url.removeprefix(base_url.rstrip("/")),
+        method=method[1].decode("ascii"),
+        path=fields["warc-target-uri"].removeprefix(base_url.rstrip("/")),
         headers=[field for field in given if field[0].lower() not in ours],
         body=body,
         masked=[name for name in fields.get("aibridge-masked", "").split(", ") if name],
@@ -382,7 +386,10 @@ def read_request(path: Path) -> DumpedRequest:
     )
 
 
-_CUTS: Final = {"length": "over dumps.max_dump_bytes", "unspecified": "the writer was behind, or its coding is unknown"}
+_NEEDED: Final = {"aibridge-provider", "aibridge-kind", "aibridge-base-url", "warc-target-uri"}
+_LENGTH: Final = re.compile(r"[0-9]{1,15}")
+_START: Final = re.compile(rb"([A-Za-z]+) [^ ]+ HTTP/1\.1")
+_CUTS: Final = {"length": "it is over dumps.max_dump_bytes", "unspecified": "it was not all sent, or not all kept"}
 
 
 def _read_fields(file: BinaryIO) -> dict[str, str]:

@@ -77,7 +77,7 @@ def planned(
         provider.ca_file if provider is not None and own else None,
         () if key is None else (key,),
     )
-    return Replay(request, credential, tuple(_notes(dump, fields)))
+    return Replay(request, credential, tuple(_notes(dump, target, fields)))
 
 
 def _credential(
@@ -116,7 +116,9 @@ def _with_key(dump: DumpedRequest, key: str) -> Headers:
     return fields
 
 
-def _notes(dump: DumpedRequest, sent: Headers) -> Iterator[str]:
+def _notes(dump: DumpedRequest, target: str, sent: Headers) -> Iterator[str]:
+    if not _same(target, dump.base_url):
+        yield f"it was sent to {dump.base_url}"
     names = {name.decode("latin-1") for name, _ in sent}
     for name in dump.masked:
         if name.startswith("?") or (name in names and name.encode() not in CREDENTIAL_FIELDS):
