@@ -8,14 +8,13 @@ import asyncio
 import json
 import re
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Final, get_args
 from uuid import uuid4
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from aibridge import MemoryRecorder
 from aibridge.records import Record
@@ -29,49 +28,10 @@ from tests.support.injected_dialects import CHAT, MESSAGES
 from tests.support.injected_servers import DONE, calls, play_in, toml
 from tests.support.mcp_servers import Process, server
 from tests.support.provider import WAIT_SECONDS, Gate, Reply, Wait
-from tests.support.rawclient import RawClient
+from tests.support.scrape import Scrape, scrape, until
 from tests.test_metrics import ALL
 
-Labels = frozenset[tuple[str, str]]
 TABLES: Final = ("token_usages", "user_prompts", "tool_usages", "model_thoughts")
-
-
-@dataclass(frozen=True)
-class Scrape:
-    """What /metrics said once."""
-
-    samples: Mapping[str, Mapping[Labels, float]]
-
-    def all(self, name: str, *by: str) -> dict[tuple[str, ...], float]:
-        """The samples of that name, by the values of labels, which must be all that they have."""
-        found = self.samples.get(f"aibridge_{name}", {})
-        assert all({label for label, _ in labels} == set(by) for labels in found), found
-        return {tuple(dict(labels)[label] for label in by): value for labels, value in found.items()}
-
-    def value(self, name: str, **labels: str) -> float | None:
-        return self.samples.get(f"aibridge_{name}", {}).get(frozenset(labels.items()))
-
-
-async def scrape(gateway_url: str) -> Scrape:
-    async with RawClient(gateway_url) as client:
-        answer = await client.request("GET", "/metrics")
-    assert answer.head.status == 200 and str(answer.head.get("content-type")).startswith("text/plain; version=")
-    samples: dict[str, dict[Labels, float]] = {}
-    for family in text_string_to_metric_families(answer.body.decode()):
-        for sample in family.samples:
-            series = samples.setdefault(sample.name, {})
-            labels = frozenset(sample.labels.items())
-            assert labels not in series, "a series comes once"
-            series[labels] = sample.value
-    return Scrape(samples)
-
-
-async def until(gateway_url: str, condition: Callable[[Scrape], bool]) -> Scrape:
-    """The first scrape of which it holds."""
-    async with asyncio.timeout(WAIT_SECONDS):
-        while not condition(found := await scrape(gateway_url)):
-            await asyncio.sleep(0.02)
-    return found
 
 
 @dataclass(frozen=True)
