@@ -2,12 +2,13 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from typing import Any
 
 from aibridge.asgi import App
 from aibridge.config import Settings
+from aibridge.errors import ProviderKind
 from aibridge.httpserver import bound
 from aibridge.identity import Actor, as_actor
 from aibridge.server import http_server
@@ -24,10 +25,10 @@ def settings(**sections: Mapping[str, Any]) -> Settings:
 
 
 @asynccontextmanager
-async def serving(app: Any, configuration: Settings) -> AsyncIterator[str]:
+async def serving(app: Any, configuration: Settings, *kind_of: Callable[[str], ProviderKind]) -> AsyncIterator[str]:
     """The HTTP server, configured as ``aibridge serve`` does; the URL that it listens on."""
     (listener,) = bound("127.0.0.1", 0)
-    server = http_server(app, configuration)
+    server = http_server(app, configuration, *kind_of)
     async with app if isinstance(app, AbstractAsyncContextManager) else nullcontext():
         await server.start([listener])
         try:

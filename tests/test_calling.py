@@ -16,7 +16,7 @@ import pytest
 
 from aibridge import MemoryRecorder, Provider, RequestBridge, as_actor
 from aibridge.breakers import FAILURES, BreakerRules
-from aibridge.errors import Unreachable, Unsendable, UpstreamError, UpstreamTimeout
+from aibridge.errors import Unfinished, Unreachable, Unsendable, UpstreamError, UpstreamTimeout
 from aibridge.events import (
     BreakerChanged,
     BreakerRejected,
@@ -273,7 +273,7 @@ async def test_the_probe_of_a_client_that_left_is_given_back(clock: SimpleNamesp
     assert [event.state for event in stage.told(BreakerChanged)] == ["open", "half_open", "closed"]
 
 
-@pytest.mark.parametrize("said", [429, 401, 400, 500, Unsendable("The request could not be sent.")])
+@pytest.mark.parametrize("said", [429, 401, 400, 500, Unsendable("not like this"), Unfinished("not so much")])
 async def test_one_users_trouble_trips_nothing(said: Said) -> None:
     stage = Stage(*[said] * 10, 200, breaker=QUICK)
     for _ in range(10):
@@ -327,8 +327,8 @@ async def test_none_by_default() -> None:
         assert len(stage.memory.requests) == 1
 
 
-async def test_a_connection_that_cannot_be_made_is_tried_again() -> None:
-    stage = Stage(Unreachable("refused"), Unreachable("refused"), 200, retries=AT_ONCE)
+async def test_what_the_provider_cannot_have_accepted_is_sent_again() -> None:
+    stage = Stage(Unreachable("refused"), Unfinished("closed"), 200, retries=AT_ONCE)
     answer = await stage.ask()
     assert (answer.status, answer.body) == (200, ANSWER)
     assert [(event.hop, event.attempt) for event in stage.told(CallBegan)] == [(1, 1), (1, 2), (1, 3)]

@@ -69,6 +69,7 @@ STATUSES = {
     "Unreachable": 502,
     "ConnectTimeout": 504,
     "Unsendable": 502,
+    "Unfinished": 502,
     "BreakerOpen": 503,
 }
 

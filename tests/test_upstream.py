@@ -21,7 +21,7 @@ from typing import Protocol
 import pytest
 
 from aibridge.dumps import TrafficDumps
-from aibridge.errors import ConnectTimeout, Unreachable, Unsendable, UpstreamError, UpstreamTimeout
+from aibridge.errors import ConnectTimeout, Unfinished, Unreachable, Unsendable, UpstreamError, UpstreamTimeout
 from aibridge.httpclient import HttpUpstream
 from aibridge.providers import Provider
 from aibridge.upstream import (
@@ -572,6 +572,19 @@ async def test_nobody_listens(upstream: Upstream) -> None:
 async def test_a_name_that_does_not_resolve(upstream: Upstream) -> None:
     error = await fails(upstream, to("http://no-such-host.invalid"), Unreachable)  # RFC 2606
     assert error.status == 502
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["bytes", "streamed"])
+async def test_a_provider_that_closes_before_it_has_the_request(upstream: Upstream, streamed: bool) -> None:
+    """It cannot have accepted it. Whether it is down, or does not want a body of that size, cannot be told."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.transport.abort()
+
+    async with listening(serve) as origin:
+        body = bytes(20_000_000)
+        await fails(upstream, to(origin, body=pieces(body, body) if streamed else body), Unfinished)
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:99999", "http://", "ftp://127.0.0.1", "http://[::1"])

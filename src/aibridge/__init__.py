@@ -20,16 +20,19 @@ protocols. ``docs/architecture.md`` has the map.
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from aibridge.breakers import BreakerRules
 from aibridge.bridge import RequestBridge
 from aibridge.dumps import TrafficDumps
 from aibridge.history import History, MemoryHistory
 from aibridge.identity import Actor, as_actor
 from aibridge.injection import Injection
+from aibridge.limits import Limits
 from aibridge.mcp.settings import McpServer
 from aibridge.metrics import Metrics
 from aibridge.providers import Provider
 from aibridge.recording import MemoryRecorder, Recorder, SqliteApprovals, SqliteHistory, SqliteRecorder
 from aibridge.relay import Interceptor
+from aibridge.retries import RetryRules
 from aibridge.toolbox import MemoryToolbox, Toolbox
 from aibridge.tools import Outcome, Text, Tool
 
@@ -41,9 +44,11 @@ __version__ = version("aibridge")
 
 __all__ = [
     "Actor",
+    "BreakerRules",
     "History",
     "Injection",
     "Interceptor",
+    "Limits",
     "McpProxy",
     "McpServer",
     "MemoryHistory",
@@ -54,6 +59,7 @@ __all__ = [
     "Provider",
     "Recorder",
     "RequestBridge",
+    "RetryRules",
     "SqliteApprovals",
     "SqliteHistory",
     "SqliteRecorder",

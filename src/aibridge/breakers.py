@@ -14,8 +14,8 @@ What is said here is said of everybody's requests, so nothing may count that is 
 - A *success* is a response that was accepted. That is all: a stream that breaks off later is one stream.
 - Everything else is *neither*. Rate limiters and checks of keys stand before the model and answer when it is down, so what
   they say must not close a breaker, nor end a run of failures that others have: a client with a wrong key that asks all the
-  time would keep the breaker from ever opening. A status such as 500 that is not configured, a client that has left and a
-  process that ends say as little.
+  time would keep the breaker from ever opening. A status such as 500 that is not configured, a connection that is closed
+  while a large body is sent (perhaps too large a one), a client that has left and a process that ends say as little.
 """
 
 from collections.abc import Callable, Collection, Mapping

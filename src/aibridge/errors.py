@@ -114,6 +114,10 @@ class Unsendable(UpstreamError):
     """The request cannot be sent as it is, or its body broke off. That says nothing about the provider."""
 
 
+class Unfinished(Unreachable, Unsendable):
+    """The provider closed the connection before all of the request was sent, perhaps because of what is in it."""
+
+
 class BreakerOpen(UpstreamError):
     """The provider has failed before and is given a rest, so it was not asked (`aibridge.breakers`)."""
 

@@ -19,8 +19,8 @@ from urllib.request import getproxies, proxy_bypass
 import aiohappyeyeballs
 
 from aibridge.deadlines import Deadlines
-from aibridge.errors import Unsendable, UpstreamError
-from aibridge.httpconnection import UNREACHABLE, Connection, bracketed, declared_length, translated, unreachable
+from aibridge.errors import ConnectTimeout, Unreachable, Unsendable, UpstreamError, UpstreamTimeout
+from aibridge.httpconnection import UNREACHABLE, Connection, bracketed, declared_length, translated
 from aibridge.upstream import Connections, UpstreamRequest, UpstreamResponse
 
 _NEXT_ADDRESS_SECONDS: Final = 0.25
@@ -141,7 +141,9 @@ class HttpUpstream:
                 return connection
         except (TimeoutError, OSError, ValueError, UpstreamError) as error:
             connection.abort()
-            raise unreachable(translated(error, UNREACHABLE)) from error
+            failure = translated(error, UNREACHABLE)
+            kind = ConnectTimeout if isinstance(failure, UpstreamTimeout) else Unreachable
+            raise kind(failure.message) from error
         except asyncio.CancelledError:
             connection.abort()
             raise

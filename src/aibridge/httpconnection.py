@@ -17,7 +17,7 @@ from typing import Final, cast
 
 import httptools
 
-from aibridge.errors import ConnectTimeout, Unreachable, Unsendable, UpstreamError, UpstreamTimeout
+from aibridge.errors import Unfinished, Unsendable, UpstreamError, UpstreamTimeout
 from aibridge.upstream import UpstreamRequest
 from aibridge.wire.base import Headers
 from aibridge.wire.observer import ResponseHead
@@ -335,7 +335,7 @@ class Connection(asyncio.Protocol):
             self._complete()
         failure = translated(exc or ConnectionError(), UNREACHABLE if response is None else _BROKEN_OFF)
         uploading = self._upload is not None and not self._upload.done()
-        self._fail(unreachable(failure) if uploading and response is None else failure)
+        self._fail(Unfinished(failure.message) if uploading and response is None else failure)
         self._writable.set()
         if self._upload is not None:
             self._upload.cancel()
@@ -476,11 +476,6 @@ async def _slices(body: bytes) -> AsyncIterator[bytes]:
     view = memoryview(body)
     for start in range(0, len(view), _SLICE):
         yield bytes(view[start : start + _SLICE])
-
-
-def unreachable(failure: UpstreamError) -> Unreachable:
-    """A failure from before all of a request was sent."""
-    return (ConnectTimeout if isinstance(failure, UpstreamTimeout) else Unreachable)(failure.message)
 
 
 def translated(error: BaseException, what: str) -> UpstreamError:

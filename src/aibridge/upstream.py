@@ -65,7 +65,7 @@ class Upstream(Protocol):
         """Send a request and wait for the response's head.
 
         Raises `UpstreamError` when there is none, `UpstreamTimeout` when it takes too long, `Unreachable` when the provider
-        cannot have got all of the request, `Unsendable` when that is not the provider's fault; nothing else. Never retries,
+        cannot have got all of the request, `Unsendable` when the request may be the reason; nothing else. Never retries,
         never follows a redirect.
         """
 
