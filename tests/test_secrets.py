@@ -154,19 +154,22 @@ async def requests_are_refused(scene: Scene) -> None:
 
 async def configurations_are_wrong(stage: Stage) -> None:
     """The file is read anew with a secret where none can be; and once more as it was, with a key for a server changed."""
-    gateway, file = stage.gateway, stage.gateway.folder / "aibridge.toml"
+    file = stage.gateway.folder / "aibridge.toml"
     text = file.read_text()
     in_a_url = f'base_url = "http://me:{PROVIDER_KEY}@127.0.0.1"'
     for wrong in (f'api_key = ["{PROVIDER_KEY}"]', in_a_url, f'drain_seconds = "{PROVIDER_KEY}"'):
-        told = gateway.output.count("the old configuration still holds")
         file.write_text(f'{text}\n[providers.wrong]\nkind = "anthropic"\n{wrong}\n')
-        gateway.process.send_signal(signal.SIGHUP)
-        await asyncio.to_thread(
-            wait_until, lambda told=told: gateway.output.count("the old configuration still holds") > told, "not said"
-        )
+        await reloaded(stage, "the old configuration still holds")
     file.write_text(text.replace("start_timeout = 30", "start_timeout = 31"))
+    await reloaded(stage, "the configuration was reloaded")
+
+
+async def reloaded(stage: Stage, outcome: str) -> None:
+    """Have the configuration read anew. `outcome` is what the log says then."""
+    gateway = stage.gateway
+    before = gateway.output.count(outcome)
     gateway.process.send_signal(signal.SIGHUP)
-    await asyncio.to_thread(wait_until, lambda: "the configuration was reloaded" in gateway.output, "not reloaded")
+    await asyncio.to_thread(wait_until, lambda: gateway.output.count(outcome) > before, f"no {outcome!r} in the log")
 
 
 def checked(stage: Stage) -> bytes:
