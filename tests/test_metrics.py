@@ -412,6 +412,15 @@ def test_long_values_are_other() -> None:
     assert counted.value("interceptions_duration_seconds_count", provider="vllm", model="other") == 2
 
 
+def test_values_that_are_no_text_are_other() -> None:
+    """Such as the name of a user, out of an environment that is not in UTF-8 (PEP 383)."""
+    counted = Counted()
+    counted.end(counted.begin("m", who="zo\udceb"))
+    counted.end(counted.begin('a "quoted"\nname'))
+    text = prometheus_client.generate_latest(counted.registry).decode()
+    assert 'initiator_id="other"' in text and r'model="a \"quoted\"\nname"' in text
+
+
 def test_the_product_of_labels_is_bounded() -> None:
     """What two hundred models, as many clients and thousands of actors would make, and be it one at a time."""
     bounds = Bounds(label_values=20, initiators=50, combinations=100, combinations_of_one=10)
