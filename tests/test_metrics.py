@@ -412,6 +412,15 @@ def test_long_values_are_other() -> None:
     assert counted.value("interceptions_duration_seconds_count", provider="vllm", model="other") == 2
 
 
+def test_values_that_are_no_text_are_other() -> None:
+    """Such as the name of a user, out of an environment that is not in UTF-8 (PEP 383)."""
+    counted = Counted()
+    counted.end(counted.begin("m", who="zo\udceb"))
+    counted.end(counted.begin('a "quoted"\nname'))
+    text = prometheus_client.generate_latest(counted.registry).decode()
+    assert 'initiator_id="other"' in text and r'model="a \"quoted\"\nname"' in text
+
+
 def test_the_product_of_labels_is_bounded() -> None:
     """What two hundred models, as many clients and thousands of actors would make, and be it one at a time."""
     bounds = Bounds(label_values=20, initiators=50, combinations=100, combinations_of_one=10)
@@ -419,7 +428,6 @@ def test_the_product_of_labels_is_bounded() -> None:
     for number in range(20_000):
         began = counted.begin(f"m-{number % 20}", who=f"who-{number // 400 % 50}", client=f"c-{number // 20 % 20}")
         counted.metrics(PromptUsage(id="p", interception_id=began, created_at=NOW, prompt="hi"))
-        counted.metrics(ToolUsage(id="t", interception_id=began, created_at=NOW, tool=f"t-{number // 20 % 20}"))
         counted.end(began)
     prompts = samples(counted.registry, "prompts_total")
     assert len(prompts) == bounds.combinations + 1, "and one more for all the others"
@@ -427,9 +435,24 @@ def test_the_product_of_labels_is_bounded() -> None:
     assert prompts["vllm", "other", "other", "other"] > 10_000
     spent = [len([labels for labels in prompts if labels[2] == f"who-{number}"]) for number in range(50)]
     assert spent[:9] == [11] * 9 and spent[9] == 1 and set(spent[10:]) == {0}
-    tools = samples(counted.registry, "non_injected_tool_selections_total")
-    assert len(tools) <= bounds.combinations + bounds.label_values + 1
-    assert sum(tools.values()) == 20_000
+
+
+@pytest.mark.parametrize("injected", [False, True])
+def test_tools_of_models_are_bounded(injected: bool) -> None:
+    bounds = Bounds(label_values=20, combinations=50)
+    counted = Counted(bounds=bounds)
+    about: dict[str, Any] = {"injected": injected, "metadata": {"server": "wiki"} if injected else {}}
+    for model in range(20):
+        began = counted.begin(f"m-{model}")
+        for tool in range(20):
+            usage = ToolUsage(id="t", interception_id=began, created_at=NOW, tool=f"t-{tool}", **about)
+            counted.metrics(usage)
+            counted.metrics(usage)
+    name = "injected_tool_invocations_total" if injected else "non_injected_tool_selections_total"
+    tools = samples(counted.registry, name)
+    others = {labels: count for labels, count in tools.items() if labels[-1] == "other"}
+    assert len(tools) == 50 + len(others) and len(others) == 18, "that of two models and a half, and for each other one"
+    assert sum(tools.values()) == 800 and max(others.values()) == 40
 
 
 def test_one_actor_cannot_use_up_the_labels_of_others() -> None:

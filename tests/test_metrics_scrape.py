@@ -276,8 +276,8 @@ def test_missed_turns(script: Script) -> None:
 
 def test_records(script: Script) -> None:
     def counted(moment: str) -> list[float | None]:
-        names = ("written", "spooled", "replayed")
-        return [script.at[moment].value(f"records_{name}_total") for name in names]
+        names = ("records_written_total", "records_spooled_total", "records_replayed_total")
+        return [script.at[moment].value(name) for name in names]
 
     assert counted("start") == [0, 0, 0]
     assert counted("end") == [script.records, 0, 0]

@@ -6,7 +6,9 @@ numbers. When a breaker opens and closes is tests/test_breakers.py's to judge.
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -112,6 +114,12 @@ def test_calls_of_a_breaker(at: Mapping[str, Scrape]) -> None:
     assert at["open"].value("upstream_responses_total", provider="broken", status="5xx") == 2
     assert at["half-open"].value("upstream_calls_inflight", provider="broken") == 1
     assert at["closed"].value("upstream_calls_inflight", provider="broken") == 0
+
+
+def test_every_metric_is_looked_at() -> None:
+    """Here, or in the scripted conversation: whoever adds a metric has a number to say what it must be."""
+    sources = "".join(path.read_text() for path in (Path(__file__), Path(__file__).with_name("test_metrics_scrape.py")))
+    assert [name for name in ALL if not re.search(rf'"{name}(_count|_sum)?"', sources)] == []
 
 
 def test_refusals(at: Mapping[str, Scrape]) -> None:

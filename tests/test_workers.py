@@ -259,6 +259,7 @@ async def test_a_worker_that_dies_is_replaced(provider: ThreadedProvider) -> Non
             before = await scraped(gateway)
             assert before["interceptions_total"] == 10
             assert before["interceptions_inflight"] == sum(map(len, streams.values()))
+            assert before["upstream_calls_inflight"] == before["interceptions_inflight"]
             killed = processes(gateway)[1]
             os.kill(killed, signal.SIGKILL)
 
@@ -280,7 +281,7 @@ async def test_a_worker_that_dies_is_replaced(provider: ThreadedProvider) -> Non
             assert {stream.row["status"] for stream in alive} == {"in_progress"}
             after = await scraped(gateway)
             assert after["interceptions_total"] == 10 and after["tokens_total"] == before["tokens_total"]
-            assert after["interceptions_inflight"] == len(alive)
+            assert after["interceptions_inflight"] == after["upstream_calls_inflight"] == len(alive)
             gate.set()
             assert all([await stream.ends() for stream in alive])
             assert {stream.row["status"] for stream in alive} == {"completed"}

@@ -50,10 +50,19 @@ class Bounded:
     def __call__(self, value: str | None) -> str:
         value = value or ""
         if value not in self._known:
-            if len(self._known) >= self._limit or len(value) > _MAX_LENGTH:
+            if len(self._known) >= self._limit or len(value) > _MAX_LENGTH or not _is_text(value):
                 return OTHER
             self._known.add(value)
         return value
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8: one value that cannot would make every scrape fail."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class Children(dict[tuple[str, ...], M], Generic[M]):
