@@ -215,7 +215,7 @@ async def test_nobody_answers() -> None:
 
 
 async def test_no_answer_in_time() -> None:
-    async with staged(upstream=HttpUpstream(first_byte_timeout=0.2)) as stage:
+    async with staged(upstream=HttpUpstream(idle_timeout=0.2)) as stage:
         stage.provider.reply(Reply(before=[STALL]))
         answer = await stage.call("POST", COUNT, [], b"{}")
         assert answer.status == 504 and answer.json()["error"]["type"] == "timeout_error"

@@ -599,9 +599,10 @@ async def test_timeout_of_the_connection(make: Make, silent_tls: str) -> None:
     assert error.status == 504
 
 
-async def test_timeout_before_the_head(make: Make, provider: ScriptedProvider) -> None:
+@pytest.mark.parametrize("name", ["idle_timeout", "first_byte_timeout"])
+async def test_timeout_before_the_head(make: Make, provider: ScriptedProvider, name: str) -> None:
     provider.reply(Reply(before=[STALL]))
-    async with opened(make(first_byte_timeout=SOON)) as upstream:
+    async with opened(make(**{name: SOON})) as upstream:
         error = await fails(upstream, to(provider), UpstreamTimeout)
     assert error.status == 504
     await (await provider.exchange()).client_gone.wait()

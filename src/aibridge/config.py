@@ -299,10 +299,8 @@ class UpstreamSettings(_Section):
     """``[upstream]``"""
 
     connect_timeout: float = Field(default=10.0, gt=0, description="seconds to connect to a provider")
-    first_byte_timeout: float = Field(
-        default=600.0,
-        gt=0,
-        description="seconds from a request to the head of its response after which a provider is given up",
+    first_byte_timeout: float | None = Field(
+        default=None, gt=0, description="seconds for the head of a response to come; by default those of idle_timeout"
     )
     idle_timeout: float = Field(default=600.0, gt=0, description="seconds without a byte after which a provider is given up")
 

@@ -49,15 +49,15 @@ class HttpUpstream:
 
     Proxies are taken from HTTP_PROXY, HTTPS_PROXY and NO_PROXY, trusted certificates from the system (or SSL_CERT_FILE)
     and the request's `ca_file`. Times are in seconds: `connect_timeout` for look-up, connection, proxy and TLS together,
-    `first_byte_timeout` from a request that was sent to the whole head of its response, `idle_timeout` from one piece of
-    a body to the next, either way. There is no limit on the whole.
+    `first_byte_timeout` from a request that was sent to the whole head of its response (by default that of silence),
+    `idle_timeout` from one piece of a body to the next, either way. There is no limit on the whole.
     """
 
     def __init__(
-        self, *, connect_timeout: float = 10.0, first_byte_timeout: float = 600.0, idle_timeout: float = 600.0
+        self, *, connect_timeout: float = 10.0, first_byte_timeout: float | None = None, idle_timeout: float = 600.0
     ) -> None:
         self._connect_timeout = connect_timeout
-        self._first_byte_timeout = first_byte_timeout
+        self._first_byte_timeout = idle_timeout if first_byte_timeout is None else first_byte_timeout
         self._idle_timeout = idle_timeout
         self._proxies = getproxies()
         self._tls: dict[str | None, ssl.SSLContext] = {}
@@ -65,7 +65,7 @@ class HttpUpstream:
         self._connections: set[Connection] = set()
         self._open: Counter[str] = Counter()
         self._opened: Counter[str] = Counter()
-        self._deadlines = Deadlines(self._connections, min(1.0, idle_timeout / 4, first_byte_timeout / 4))
+        self._deadlines = Deadlines(self._connections, min(1.0, idle_timeout / 4, self._first_byte_timeout / 4))
         self._place = lru_cache(_MAX_PLACES)(self._find_place)
 
     async def send(self, request: UpstreamRequest) -> UpstreamResponse:
