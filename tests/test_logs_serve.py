@@ -20,7 +20,9 @@ from typing import Any
 import pytest
 
 from tests.support.crowd import ANY, MESSAGES, MESSAGES_STREAM, answer, ask, gated
-from tests.support.gateway import SESSION_HEADER, START_SECONDS, STOP_SECONDS, Gateway, wait_until
+from tests.support.gateway import SESSION_HEADER, START_SECONDS, STOP_SECONDS, Gateway, staged, wait_until
+from tests.support.injected_dialects import MESSAGES as MESSAGES_DIALECT
+from tests.support.injected_servers import calls, play, toml
 from tests.support.provider import Gate, Received, Reply, ThreadedProvider
 from tests.support.rawclient import RawClient
 from tests.test_cli import process
@@ -183,6 +185,21 @@ def test_what_keeps_it_from_starting_is_json_too(tmp_path: Path, workers: str) -
     assert done.returncode == 3 and sum("cannot start" in line["message"] for line in lines) == 1
     if workers == "1":
         assert "Traceback" in lines[-1]["exception"]
+
+
+async def test_turns_and_tools_are_counted() -> None:
+    """Of a response that was made of three turns of the model, with tools of a real MCP server."""
+    command = [sys.executable, "-m", "tests.support.sums_server"]
+    sums = {"command": command, "start_timeout": 30, "env": {"PYTHONPATH": str(Path(__file__).parent.parent)}}
+    with staged(toml({"sums": sums}), {"AIBRIDGE_LOG__FORMAT": "json"}) as stage:
+        add = [calls("sums", "add", a=number, b=1) for number in range(3)]
+        played = await play(stage, MESSAGES_DIALECT, add[:2], add[2:])
+        stage.gateway.stop()
+        lines = [json.loads(line) for line in stage.gateway.output.splitlines()]
+    (end,) = (line for line in lines if line["message"] == "interception ended")
+    assert (end["hops"], end["attempts"], end["injected_tool_calls"], end["other_tool_calls"]) == (3, 3, 3, 0)
+    rows = played.rows.token_usages
+    assert len(rows) == 3 and end["output_tokens"] == sum(row["output_tokens"] for row in rows)
 
 
 class Unread:

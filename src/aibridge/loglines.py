@@ -120,7 +120,7 @@ class Console:
             self._levels = {level: f"\x1b[{_COLOURS[level]}m{name}\x1b[0m" for level, name in self._levels.items()}
 
     def __call__(self, line: LogLine) -> bytes:
-        """A line as text. A traceback follows it, indented, so that nothing in it looks like a line of its own."""
+        """A line as text. What has several lines goes on indented, so that nothing in it looks like a line of its own."""
         when, milliseconds = divmod(int(line.time.timestamp() * 1000), 1000)
         who = line.logger if line.worker is None else f"{line.logger} [worker {line.worker}]"
         text = f"{_local(when)}.{milliseconds:03} {self._levels[line.level]} {who}: {line.message}"
@@ -130,8 +130,8 @@ class Console:
             shown = zip(names, values(line), strict=True)
             text += "".join([name + _SHOWN[type(value)](value) for name, value in shown if value is not None])
         if line.exception is not None:
-            text += "".join(f"\n    {one}" for one in line.exception.split("\n"))
-        return f"{text}\n".encode()
+            text += f"\n{line.exception}"
+        return text.replace("\n", "\n    ").encode() + b"\n"
 
 
 _COLOURS: Final[dict[LogLevel, str]] = {"debug": "2", "info": "32", "warning": "33", "error": "31", "critical": "1;31"}

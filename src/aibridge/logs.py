@@ -71,7 +71,7 @@ class Log(logging.Handler):
             level=_level_of(record.levelno),
             logger=plain(record.name),
             worker=self._worker,
-            message=plain(_message_of(record), MAX_TEXT),
+            message=plain_lines(_message_of(record), MAX_TEXT),
             exception=exception and plain_lines(exception, MAX_EXCEPTION),
         )
         self._writer.write(self._encode(line))
@@ -310,7 +310,8 @@ def _message_of(record: logging.LogRecord) -> str:
     try:
         return record.getMessage()
     except Exception:  # noqa: BLE001  the arguments may not fit, and are anything
-        return f"{record.msg} (with arguments that do not fit)"
+        said = record.msg if isinstance(record.msg, str) else type(record.msg).__name__
+        return f"{said} (which cannot be shown with its arguments)"
 
 
 def _exception_of(record: logging.LogRecord) -> str | None:
