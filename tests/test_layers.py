@@ -58,7 +58,14 @@ LAYERS = [
     ["aibridge.httpconnection"],
     ["aibridge.history", "aibridge.toolbox"],
     ["aibridge.guard", "aibridge.headers", "aibridge.identity", "aibridge.providers", "aibridge.upstream"],
-    ["aibridge.asgi", "aibridge.deadlines", "aibridge.interruptible", "aibridge.keepalive", "aibridge.masking"],
+    [
+        "aibridge.asgi",
+        "aibridge.deadlines",
+        "aibridge.interruptible",
+        "aibridge.keepalive",
+        "aibridge.masking",
+        "aibridge.unread",
+    ],
     ["aibridge.spans"],
     ["aibridge.events", "aibridge.otelenv"],
     # the core

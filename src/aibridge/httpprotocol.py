@@ -36,6 +36,7 @@ from aibridge.asgi import App
 from aibridge.deadlines import Deadlines
 from aibridge.errors import BadRequest, BridgeError, HeadersTooLarge, ProviderKind, RequestTimeout, error_body
 from aibridge.httpexchange import STATUS_LINES, Exchange
+from aibridge.unread import Unread
 
 _LAST_WORDS_SECONDS: Final = 2.0
 _LAST_IDLE_SECONDS: Final = 1.0
@@ -45,37 +46,6 @@ _TELLING: Final = frozenset({b"host", b"expect", b"transfer-encoding"})
 _VERSIONS: Final = frozenset({"1.0", "1.1"})
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _ASGI: Final = {"version": "3.0", "spec_version": "2.3"}
-
-
-class Unread:
-    """What one client has not read of what was written to it. Where it reads nothing at all for too long, it is dropped."""
-
-    __slots__ = ("_seconds", "_size", "_transport", "_watched", "deadline")
-
-    def __init__(self, transport: asyncio.Transport, watched: "set[Unread]", seconds: float) -> None:
-        self._transport = transport
-        self._watched = watched
-        self._seconds = seconds
-        self._watched.add(self)
-        self._wait()
-
-    def expire(self) -> None:
-        """Look whether it has read something."""
-        size = self._transport.get_write_buffer_size()
-        if 0 < size < self._size:
-            self._wait()
-        else:
-            self.forget()
-            if size:
-                self._transport.abort()
-
-    def forget(self) -> None:
-        """Look no more."""
-        self._watched.discard(self)
-
-    def _wait(self) -> None:
-        self._size = self._transport.get_write_buffer_size()
-        self.deadline = asyncio.get_running_loop().time() + self._seconds
 
 
 @dataclass(slots=True)
