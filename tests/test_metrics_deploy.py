@@ -4,10 +4,13 @@ Truth: issue 5 ("checked by a test that every metric they name exists"): our reg
 for what there is, docs/metrics.md for the values of labels; promtool, which is Prometheus' own, for the rest.
 """
 
+import asyncio
 import json
 import re
 import shutil
 import subprocess
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -17,7 +20,10 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry, Histogram, PlatformCollector, ProcessCollector
 
+from tests.support.crowd import MESSAGES, answer, ask
+from tests.support.gateway import Gateway, wait_until
 from tests.support.promql import Query, read
+from tests.support.provider import WAIT_SECONDS, ThreadedProvider
 from tests.test_metrics import ALL, DOCUMENTATION, Counted, registered
 
 DEPLOY: Final = Path(__file__).parent.parent / "deploy"
@@ -223,3 +229,85 @@ def test_prometheus_takes_what_the_dashboard_asks(tmp_path: Path) -> None:
 @needs_promtool
 def test_the_alerts_go_off_when_they_should() -> None:
     promtool("test", "rules", DEPLOY / "prometheus" / "alerts_test.yaml")
+
+
+# ---- a real Prometheus ----
+
+EMPTY: Final = {
+    "Cache hit share by model",
+    "Cache hits",
+    "Calls of injected tools",
+    "Circuit breakers",
+    "Duration of calls, p95",
+    "Failures by provider",
+    "Hidden turns missed",
+    "Injected tools",
+    "MCP servers",
+    "Passed through, and refused",
+    "Tools of clients",
+    "Trips and rejections",
+}
+"""Panels that have nothing to show where nothing of the kind has happened."""
+
+
+class Prometheus:
+    """A Prometheus that watches one gateway, and is asked over HTTP."""
+
+    def __init__(self, folder: Path, gateway: Gateway) -> None:
+        configuration = (DEPLOY / "prometheus" / "prometheus.yaml").read_text()
+        file = folder / "prometheus.yaml"
+        file.write_text(configuration.replace("127.0.0.1:8080", f"127.0.0.1:{gateway.port}").replace("15s", "1s"))
+        shutil.copy(ALERTS_FILE, folder)
+        self._log = folder / "log"
+        with self._log.open("wb") as log:
+            command = ["prometheus", f"--config.file={file}", f"--storage.tsdb.path={folder / 'data'}"]
+            self.process = subprocess.Popen([*command, "--web.listen-address=127.0.0.1:0"], stdout=log, stderr=log)
+
+    def ask(self, path: str, **query: str) -> Any:
+        """The data of an answer of its API (prometheus.io/docs/prometheus/latest/querying/api)."""
+        url = f"http://127.0.0.1:{self._port}/api/v1/{path}?{urllib.parse.urlencode(query)}"
+        with urllib.request.urlopen(url, timeout=WAIT_SECONDS) as response:  # raises where it is not understood
+            return json.load(response)["data"]
+
+    def query(self, expression: str) -> Any:
+        return self.ask("query", query=expression)["result"]
+
+    @property
+    def _port(self) -> int:
+        wait_until(lambda: "Server is ready" in self._log.read_text(), "Prometheus does not start")
+        found = re.search(r'msg="Listening on" address=127\.0\.0\.1:(\d+)', self._log.read_text())
+        assert found is not None
+        return int(found[1])
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Iterator[tuple[Gateway, Prometheus]]:
+    with ThreadedProvider(answer) as provider, Gateway(anthropic_base_url=provider.url) as gateway:
+        prometheus = Prometheus(tmp_path, gateway)
+        try:
+            yield gateway, prometheus
+        finally:
+            prometheus.process.terminate()
+            prometheus.process.wait(WAIT_SECONDS)
+
+
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="Prometheus is not installed (Debian has it in prometheus)")
+def test_a_real_prometheus_has_an_answer_for_every_panel(watched: tuple[Gateway, Prometheus]) -> None:
+    gateway, prometheus = watched
+
+    def has_rates() -> bool:
+        asyncio.run(ask(gateway.url, MESSAGES))
+        rate = "rate(aibridge_interceptions_time_to_first_byte_seconds_count[1m]) > 0"
+        return bool(prometheus.query(f"{rate} and on (instance) increase(aibridge_tokens_total[1m])"))
+
+    wait_until(has_rates, "there is nothing to see")
+    answered = set()
+    for panel in PANELS:
+        for target in panel["targets"]:
+            asked = re.sub(r"\$__\w+", "1m", target["expr"])
+            if prometheus.query(re.sub(r"\$(instance|provider|model)", ".*", asked)):
+                answered.add(panel["title"])
+    assert {panel["title"] for panel in PANELS} - answered == EMPTY
+    (target,) = prometheus.ask("targets")["activeTargets"]
+    assert (target["health"], target["lastError"]) == ("up", "")
+    assert [alert["labels"]["alertname"] for alert in prometheus.ask("alerts")["alerts"]] == []

@@ -33,6 +33,7 @@ _FUNCTIONS: Final = {
     "sum",
     "time",
     "topk",
+    "vector",
 }
 _GROUPING: Final = {"by", "without", "on", "ignoring", "group_left", "group_right"}
 _WORDS: Final = {"and", "or", "unless", "bool", "offset"}
