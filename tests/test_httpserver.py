@@ -419,8 +419,12 @@ async def test_who_has_sent_something_is_not_idle() -> None:
 
 
 async def test_who_waits_to_be_let_in_is_served() -> None:
-    """A socket that is closed resets those who wait in it. The event loop has not seen these clients."""
-    async with serving(Echo()) as site:
+    """A socket that is closed resets those who wait in it. The event loop has not seen these clients; the one that it has
+    leaves meanwhile.
+    """
+    async with serving(Echo()) as site, site.client() as leaves:
+        await site.until(lambda: site.connections)
+        leaves.die()
         address = ("127.0.0.1", int(site.url.rpartition(":")[2]))
         with ExitStack() as stack:
             clients = [stack.enter_context(socket.create_connection(address)) for _ in range(20)]

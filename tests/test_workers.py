@@ -306,10 +306,15 @@ async def test_a_worker_that_is_told_to_stop_lets_its_streams_end(provider: Thre
 
 
 async def test_a_worker_that_hangs_is_replaced(provider: ThreadedProvider) -> None:
-    """A regular expression that takes for ever keeps its event loop: it says so, is ended, and the other one serves on."""
+    """A regular expression that takes for ever keeps its event loop: it says so, is ended, and the other one serves on.
+
+    A command that it has started, and that does not end with it, has nothing of its that would keep this from being seen.
+    """
     toml = "[mcp]\nskip_models = ['^(a+)+$']\n[mcp.servers.mute]\ncommand = ['sleep', '600']\nstart_timeout = 0.1\n"
     with workers(provider, toml=toml, worker_timeout=3) as gateway:
         before = processes(gateway)
+        commands = [int(pid) for worker in before.values() for pid in children(worker)]
+        assert len(commands) == WORKERS
         hangs = asyncio.create_task(
             ask(gateway.url, (MESSAGES_STREAM[0], MESSAGES_STREAM[1].replace(MODEL, b"a" * 40 + b"b")))
         )
@@ -324,6 +329,18 @@ async def test_a_worker_that_hangs_is_replaced(provider: ThreadedProvider) -> No
         )
         assert (await ask(gateway.url, MESSAGES_STREAM)).complete
         assert ledger(gateway.database).statuses == {"completed": 1}, "it hung before anything was begun"
+        for pid in commands:
+            assert inherited(pid) <= 3
+            os.kill(pid, signal.SIGKILL)
+
+
+def children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def inherited(pid: int) -> int:
+    """How many files, pipes and sockets a process has."""
+    return len({link.readlink() for link in Path(f"/proc/{pid}/fd").iterdir()})
 
 
 async def test_a_worker_that_stands_still_is_killed(provider: ThreadedProvider) -> None:

@@ -61,6 +61,7 @@ class HttpServer:
         self._protocol = partial(HttpProtocol, self._serving)
         self._shared = shared
         self._listening: list[tuple[socket.socket, asyncio.Server]] = []
+        self._queue: list[socket.socket] = []  # who has connected when we stopped to listen
         self._over = asyncio.Event()  # nothing is under way, or nobody is patient any more
 
     @property
@@ -90,8 +91,10 @@ class HttpServer:
         moment is answered.
         """
         self._serving.stop()
-        for client in self._close_listeners():
-            await asyncio.get_running_loop().connect_accepted_socket(self._protocol, client)
+        self._queue += self._close_listeners()
+        while self._queue:
+            await asyncio.get_running_loop().connect_accepted_socket(self._protocol, self._queue[0])
+            del self._queue[0]
         self._look_if_over()
         await self._until_over(grace)
         tasks = list(self._serving.tasks)
@@ -128,7 +131,7 @@ class HttpServer:
                 await self._over.wait()
 
     def _look_if_over(self) -> None:
-        if self._serving.stopping and not self._serving.connections and not self._serving.tasks:
+        if self._serving.stopping and not (self._queue or self._serving.connections or self._serving.tasks):
             self._over.set()
 
 

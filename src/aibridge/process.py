@@ -13,8 +13,10 @@ import os
 import resource
 import signal
 import socket
+import sys
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Final
 
 import uvloop
@@ -226,6 +228,19 @@ def prepare() -> None:
     """Make the process fit to serve. One that a watchdog ends with SIGABRT (systemd.service(5)) says where it hung."""
     faulthandler.enable()
     raise_open_file_limit()
+    _keep_descriptors()
+
+
+def _keep_descriptors() -> None:
+    """What this process was started with is not for the programs that it starts, such as MCP servers, which may outlive it.
+
+    A worker's descriptors come to it inheritable, and uvloop does not close them in a child as `subprocess` does. One that
+    stays open there keeps a port, and hides from the supervisor that the worker has died.
+    """
+    for descriptor in [int(entry.name) for entry in Path("/dev/fd").iterdir()]:
+        if descriptor > sys.stderr.fileno():
+            with suppress(OSError):  # the one that the listing took
+                os.set_inheritable(descriptor, False)  # noqa: FBT003  it has no name
 
 
 def bound_or_exit(settings: Settings) -> list[socket.socket]:

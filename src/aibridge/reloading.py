@@ -37,7 +37,9 @@ class Configuration:
             settings, fixed = renewed(self.settings, await asyncio.to_thread(self._load))
             await take_over(settings)
         except ConfigurationError as error:
-            logger.error("not reloaded, the old configuration still holds: the configuration cannot be used:\n%s", error)  # noqa: TRY400  it says it all
+            for line in str(error).splitlines():
+                logger.error("the configuration cannot be used: %s", line)  # noqa: TRY400  it says it all
+            logger.error("not reloaded, the old configuration still holds")  # noqa: TRY400
             self.notes = (f"the configuration could not be reloaded at {when}, the log says why; the old one still holds",)
         except Exception:
             logger.exception("not reloaded, the old configuration still holds: the new one could not be taken over")
