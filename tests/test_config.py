@@ -16,8 +16,9 @@ from pydantic import BaseModel
 
 from aibridge.breakers import BreakerRules
 from aibridge.check import describe
-from aibridge.config import ConfigurationError, McpServerSettings, ProviderSettings, Settings, load
+from aibridge.config import ConfigurationError, Settings, load
 from aibridge.retries import RetryRules
+from aibridge.settings import McpServerSettings, ProviderSettings
 
 DOCUMENTATION = Path(__file__).parent.parent / "docs" / "configuration.md"
 SECRET = "sk-very-secret-9f8e7d6c"

@@ -25,6 +25,7 @@ LAYERS = [
     ["aibridge.process"],
     ["aibridge.reloading", "aibridge.server"],
     ["aibridge.config"],
+    ["aibridge.settings"],
     ["aibridge.httpserver", "aibridge.multiprocess", "aibridge.systemd"],
     ["aibridge.httpprotocol"],
     ["aibridge.httpexchange"],

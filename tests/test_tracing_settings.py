@@ -13,8 +13,9 @@ import pytest
 from pydantic import ValidationError
 
 from aibridge.check import describe
-from aibridge.config import Settings, TracingSettings
+from aibridge.config import Settings
 from aibridge.otelenv import traces_endpoint, traces_headers
+from aibridge.settings import TracingSettings
 from tests.serving import settings
 
 SECRET = "s3cret-of-the-collector"

@@ -11,10 +11,11 @@ from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any, Final
 
-from aibridge.config import DatabaseSettings, ServerSettings, Settings
+from aibridge.config import Settings
 from aibridge.httpclient import HttpUpstream
 from aibridge.httpserver import bound
 from aibridge.server import Server, http_server
+from aibridge.settings import DatabaseSettings, ServerSettings
 from aibridge.upstream import MemoryResponse, MemoryUpstream, UpstreamRequest
 from aibridge.wire.observer import ResponseHead
 from aibridge.wire.sse import SseDecoder
