@@ -501,3 +501,16 @@ def test_whatever_goes_wrong_comes_out_in_the_format(capfd: pytest.CaptureFixtur
         strict=True,
     ):
         assert re.match(pattern, one, re.DOTALL), one
+
+
+@pytest.mark.parametrize(("opened", "format"), [(os.openpty, "console"), (os.pipe, "json")])
+def test_who_reads_says_in_what_format(opened: Callable[[], tuple[int, int]], format: LogFormat) -> None:
+    """Our choice: a terminal is for people, anything else for programs."""
+    reader, file = opened()
+    try:
+        Log("auto", file=file).emit(logging.makeLogRecord({"name": "aibridge", "levelno": logging.INFO, "msg": "Hello"}))
+        text = os.read(reader, 65536).decode()
+    finally:
+        os.close(file)
+        os.close(reader)
+    assert text.startswith('{"time"') == (format == "json") and "Hello" in text

@@ -57,10 +57,11 @@ _COMMIT_SECONDS: Final = 5.0
 class Log(logging.Handler):
     """Writes every line of this process in one format. `worker` is the number of this process where there are several."""
 
-    def __init__(self, format: LogFormat = "console", *, worker: int | None = None, file: int = _STDERR) -> None:
+    def __init__(self, format: LogFormat = "auto", *, worker: int | None = None, file: int = _STDERR) -> None:
         super().__init__()
         self._worker = worker
-        self._encode: Callable[[LogLine], bytes] = as_json if format == "json" else Console(colours=_has_colours(file))
+        is_console = format == "console" or (format == "auto" and os.isatty(file))
+        self._encode: Callable[[LogLine], bytes] = Console(colours=_has_colours(file)) if is_console else as_json
         self._writer = LineWriter(file, self._lost)
 
     def emit(self, record: logging.LogRecord) -> None:

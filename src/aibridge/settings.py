@@ -125,7 +125,9 @@ class ServerSettings(_Section):
 class LogSettings(_Section):
     """``[log]``"""
 
-    format: LogFormat = Field(default="console", description="of the lines on standard error: for people, or for programs")
+    format: LogFormat = Field(
+        default="auto", description="of lines on standard error: for people, for programs, or auto, by who reads"
+    )
     level: LogLevel = Field(default="info", description="the least level of lines that are written")
     interceptions: bool = Field(default=True, description="a line when a request starts and one when it has ended")
 

@@ -105,6 +105,7 @@ class Gateway:
             "ANTHROPIC_BASE_URL": anthropic_base_url,
             "OPENAI_BASE_URL": openai_base_url,
             "AIBRIDGE_SERVER__SHUTDOWN_GRACE": "1",
+            "AIBRIDGE_LOG__FORMAT": "console",
             **(env or {}),
         }
         self._toml = toml
