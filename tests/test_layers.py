@@ -40,7 +40,6 @@ LAYERS = [
     ["aibridge.logs", "aibridge.metrics", "aibridge.passthrough", "aibridge.relay", "aibridge.tracing"],
     ["aibridge.metrics.interceptions", "aibridge.metrics.recording", "aibridge.metrics.upstream"],
     ["aibridge.metrics.series"],
-    ["aibridge.metrics.unchecked"],
     ["aibridge.loglines", "aibridge.logwriter"],
     ["aibridge.calling"],
     ["aibridge.sidecalls"],

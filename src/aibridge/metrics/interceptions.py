@@ -4,9 +4,10 @@ from collections import defaultdict
 from datetime import datetime
 from typing import Final
 
+from prometheus_client import Counter, Histogram
+
 from aibridge.events import Committed, HistoryMissed
 from aibridge.metrics.series import OTHER, Bounded, Bounds, Children, Consumers, Maker
-from aibridge.metrics.unchecked import Counter, Histogram
 from aibridge.records import Interception, InterceptionEnded, PromptUsage, TokenUsage, ToolUsage
 
 _METHOD: Final = "POST"  # of every intercepted route

@@ -9,10 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Generic, Literal, TypeVar
 
 import msgspec
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
-
-from aibridge.metrics.unchecked import Counter, Gauge, Histogram
 
 OTHER: Final = "other"
 _MAX_LENGTH: Final = 128
