@@ -4,7 +4,7 @@
 # Give the interpreter on the command line to choose another one: make PYTHON=/path/to/python3.13 run
 PYTHON =
 PYTHONS = $(or $(PYTHON),python3.11 python3 python3.12 python3.13 python3.14)
-# More arguments for `run`, `test`, `fuzz`, `demo`, `example`, `bench`, `bench-quick` and `soak`: make run ARGS="--port 9000"
+# More arguments for `run`, `test`, `fuzz`, `chaos`, `demo`, `example`, `bench`, `bench-quick` and `soak`: make run ARGS="--port 9000"
 ARGS =
 # How hard `fuzz` tries.
 FUZZ_EXAMPLES = 20000
@@ -33,7 +33,10 @@ unexport $(filter PYTHON% PYTEST_% COVERAGE_%,$(.VARIABLES))
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help run demo example test lint format types fuzz bench bench-quick bench-peers soak build constraints clean
+# Where `chaos` writes what it has observed.
+RELIABILITY = docs/reliability.md
+
+.PHONY: help run demo example test lint format types fuzz chaos bench bench-quick bench-peers soak build constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -67,6 +70,9 @@ types: $(VENV)/.dev ## check types, strictly
 
 fuzz: $(VENV)/.dev ## the long fuzz run over the wire formats (FUZZ_EXAMPLES=20000)
 	AIBRIDGE_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest --numprocesses auto tests/test_fuzz.py $(ARGS)
+
+chaos: $(VENV)/.dev ## bring every fault about with real processes, and write the table of docs/reliability.md: five minutes
+	@$(BIN)/python -m tests.chaos --output $(RELIABILITY) $(ARGS)
 
 bench: $(VENV)/.dev ## measure what the gateway costs beside nginx and the peers that are installed: a quarter of an hour
 	@$(BIN)/python -m benchmarks $(ARGS)

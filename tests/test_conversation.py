@@ -427,6 +427,16 @@ def test_a_declared_length_has_no_room_for_words() -> None:
     assert played.relayed == START
 
 
+@pytest.mark.parametrize("after", [[], [CUT]])
+def test_a_stream_that_has_ended_may_owe_bytes_of_its_length(after: list[Exception]) -> None:
+    """All was said, so it is complete. But the client was promised more bytes, and must not wait for them."""
+    whole = START + DELTA + STOP
+    played = play(messages(), head(content_length=str(len(whole) + 5)), [whole, *after])
+    assert played.relayed == whole
+    assert played.end == End("completed", 200)
+    assert played.aborted
+
+
 def test_a_body_has_no_room_for_words() -> None:
     talk = Dialogue(messages(stream=False))
     talk(Send, blocking())

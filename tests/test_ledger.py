@@ -6,7 +6,7 @@ Truth: design.md sections 2 and 3; `Recorder` for what a user's own class may do
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
 
@@ -30,7 +30,7 @@ from aibridge.records import (
 )
 from aibridge.wire.base import RequestFacts, ResponseFacts, Thought, ToolCall, Usage
 from tests.support.provider import WAIT_SECONDS
-from tests.support.records import start
+from tests.support.records import NOON, start
 
 ASKED = RequestFacts(model="claude-opus-5-5", stream=True, prompt="Why?")
 ANSWERED = ResponseFacts(
@@ -170,7 +170,6 @@ TOLD = [*WHOLE, Committed]  # when all of it is durable
 
 async def test_facts_become_records() -> None:
     recorder = MemoryRecorder()
-    before = datetime.now(UTC)
     await carried_through(entry(recorder, []))
     assert recorder.interceptions == [start()]
     (prompt,) = recorder.prompts
@@ -196,7 +195,7 @@ async def test_facts_become_records() -> None:
     (end,) = recorder.ended
     assert (end.interception_id, end.status, end.http_status, end.error) == ("i", "completed", 200, None)
     assert end.time_to_first_byte_ms is None
-    assert before <= prompt.created_at <= usage.created_at <= end.ended_at <= datetime.now(UTC)
+    assert NOON < prompt.created_at <= usage.created_at <= end.ended_at < NOON + timedelta(seconds=WAIT_SECONDS)
 
 
 async def test_facts_that_are_not_there_make_no_records() -> None:
@@ -237,6 +236,22 @@ async def test_the_first_byte_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> 
     await this.start()
     await this.end(End("completed"))
     assert recorder.ended[0].time_to_first_byte_ms == 250.0
+
+
+async def test_times_are_the_start_and_what_has_passed_since(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wall clock may be set meanwhile, by a day or by a second: nothing ends before it began (issue 5, clock jumps)."""
+    now = 100.0
+    monkeypatch.setattr("aibridge.ledger.time.monotonic", lambda: now)
+    recorder = MemoryRecorder()
+    this = entry(recorder, [])
+    await this.start()
+    now = 100.5
+    this.record(ANSWERED)
+    now = 107.25
+    await this.end(End("completed"))
+    (usage,), (end,) = recorder.token_usages, recorder.ended
+    assert usage.created_at == NOON + timedelta(seconds=0.5)
+    assert end.ended_at == NOON + timedelta(seconds=7.25)
 
 
 async def test_secrets_that_a_provider_quotes_are_taken_out() -> None:

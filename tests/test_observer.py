@@ -8,6 +8,7 @@ import pytest
 
 from aibridge.wire import MESSAGES, ResponseFacts, ResponseReader, Usage
 from aibridge.wire.observer import Observer, ResponseHead
+from aibridge.wire.sse import MAX_EVENT_BYTES
 from tests.support.coding import gzip
 
 SECRET = b'{"type":"message_start","message":"sk-secret'
@@ -157,6 +158,17 @@ def test_a_body_over_the_bound_is_not_kept(monkeypatch: pytest.MonkeyPatch, codi
     observer.end()
     assert observer.facts(cut=False).notes == ("response: body over the size bound",)
     assert observer.ends_at_eof
+
+
+def test_a_compressed_stream_with_an_event_without_end_is_not_read_on() -> None:
+    """A gzip bomb: to take a gigabyte apart would keep everybody waiting for seconds. Its bytes pass, as ever."""
+    observer = Observer(MESSAGES.reader(), head(content_encoding="gzip"), stream=True)
+    bomb = gzip(b" " * (MAX_EVENT_BYTES + 2**20) + b"\n\ndata: {}\n\n")
+    assert observer.feed(bomb) is not None and observer.feed(bomb) == ()
+    assert observer.undecodable is not None and observer.ends_at_eof
+    assert observer.facts(cut=False) == ResponseFacts(
+        usage=Usage(), completeness="unknown", notes=("response: event over the size bound",)
+    )
 
 
 def test_a_body_is_read_when_it_has_ended() -> None:

@@ -622,6 +622,16 @@ async def test_a_start_closes_what_a_dead_process_left_open_and_nothing_else(pat
     assert statuses(path) == {"living": "completed", "dead": "interrupted"}
 
 
+async def test_what_a_dead_process_left_open_does_not_end_before_it_began(path: Path) -> None:
+    """The clock was set back since."""
+    tomorrow = (datetime.now(UTC) + timedelta(days=1)).isoformat(timespec="microseconds")
+    killed(path, "await recorder.record_interception(start('dead'))")
+    with database(path) as opened:
+        opened.execute("UPDATE aibridge_interceptions SET started_at = ?", (tomorrow,))
+    async with SqliteRecorder(path):
+        assert row(path, "interceptions")["ended_at"] == tomorrow
+
+
 async def test_nobody_begins_anything_between_the_look_at_who_lives_and_the_closing(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -184,6 +184,8 @@ def _finish(merger: Merger) -> Conversation:
             yield Relay(merger.feed(chunk))
         if rest := merger.rest():
             yield Relay(rest)
+    if merger.owes:
+        yield Abort()
 
 
 def _end(end: End) -> Generator[Command, Any, RecordingFailed | None]:

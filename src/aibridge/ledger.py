@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, Final, Literal
 
@@ -143,7 +143,7 @@ class Entry:
         """Record what one upstream response said, and with the first what the user had asked."""
         about: dict[str, Any] = {
             "interception_id": self.interception.id,
-            "created_at": datetime.now(UTC),
+            "created_at": self._now(),
             "provider_response_id": facts.response_id,
         }
         if not self._answered and self._request.prompt is not None:
@@ -195,7 +195,7 @@ class Entry:
             ToolUsage(
                 id=new_id(),
                 interception_id=self.interception.id,
-                created_at=datetime.now(UTC),
+                created_at=self._now(),
                 provider_response_id=response_id,
                 tool=call.tool.tool,
                 input=call.arguments,
@@ -230,13 +230,17 @@ class Entry:
                 self.record(ResponseFacts(usage=Usage(), completeness="partial"))
             self._put_end(End("failed", error="the gateway failed"))
 
+    def _now(self) -> datetime:
+        """The time, by a clock that has not been set since the start: nothing ends before it began."""
+        return self.interception.started_at + timedelta(seconds=time.monotonic() - self._started)
+
     def _put_end(self, end: End) -> None:
         self._ended = True
         waited = None if self._first_byte is None else round((self._first_byte - self._started) * 1000, 3)
         self._put(
             InterceptionEnded(
                 interception_id=self.interception.id,
-                ended_at=datetime.now(UTC),
+                ended_at=self._now(),
                 status=end.status,
                 http_status=end.http_status,
                 error=None if end.error is None else " ".join((self._without_secrets(end.error), *self._tries())),

@@ -65,6 +65,10 @@ class Merger(Protocol):
         """The event that ends the upstream stream has come."""
 
     @property
+    def owes(self) -> bool:
+        """The client was told of a length, and has not got as much."""
+
+    @property
     def error(self) -> str | None:
         """Why the interception failed: our failure, or the provider's own words."""
 
@@ -129,6 +133,11 @@ class VerbatimMerger:
     def finished(self) -> bool:
         """The event that ends the stream has come."""
         return self._stream and self._observer.finished
+
+    @property
+    def owes(self) -> bool:
+        """The declared length is longer than what has come."""
+        return self._filter is None and self._left is not None and self._left > 0
 
     @property
     def error(self) -> str | None:
@@ -199,6 +208,7 @@ class LoopMerger:
     """
 
     bodiless = False
+    owes = False  # the length of a stream is not told, that of anything else is its own
 
     def __init__(self, request: Request, loop: Loop) -> None:
         self._request = request

@@ -264,14 +264,14 @@ def spooled(path: Path) -> int:
 
 
 async def lost(url: str) -> Counter[str]:
-    """The loss counter, by kind of record."""
+    """The loss counter, by kind of record. Kinds of which none was lost are not in it."""
     async with RawClient(url) as client:
         text = (await client.request("GET", "/metrics")).body.decode()
     counts: Counter[str] = Counter()
     for line in text.splitlines():
         if line.startswith("aibridge_records_lost_total{"):
             counts[line.split('"')[1]] += int(float(line.rsplit(" ", 1)[1]))
-    return counts
+    return +counts
 
 
 async def until(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> None:

@@ -115,7 +115,11 @@ class Gateway:
     def __enter__(self) -> Self:
         self._folder = tempfile.TemporaryDirectory(prefix="gateway-", ignore_cleanup_errors=True)
         self.folder = Path(self._folder.name)
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self._folder.cleanup()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

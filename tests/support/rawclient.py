@@ -48,9 +48,13 @@ class Answer:
 
 
 class RawClient:
-    """One connection: ``async with RawClient(url) as client``. Leaving closes it, in whatever state it is."""
+    """One connection: ``async with RawClient(url) as client``. Leaving closes it, in whatever state it is.
 
-    def __init__(self, url: str) -> None:
+    `patience` is how many seconds it waits for anything.
+    """
+
+    def __init__(self, url: str, patience: float = WAIT_SECONDS) -> None:
+        self._patience = patience
         parts = urlsplit(url)
         self.host, self.port = parts.hostname or "", parts.port or 80
         self.path = parts.path
@@ -61,7 +65,7 @@ class RawClient:
         self._chunk_left: int | None = None
 
     async def __aenter__(self) -> Self:
-        async with asyncio.timeout(WAIT_SECONDS):
+        async with asyncio.timeout(self._patience):
             self._reader, self._writer = await asyncio.open_connection(self.host, self.port, limit=2**20)
         return self
 
@@ -96,14 +100,14 @@ class RawClient:
     async def write(self, data: bytes) -> None:
         """Write bytes as they are."""
         self._writer.write(data)
-        async with asyncio.timeout(WAIT_SECONDS):
+        async with asyncio.timeout(self._patience):
             await self._writer.drain()
 
     async def head(self) -> Head:
         """The head of the next response. Raises EOFError or ConnectionError where there is none."""
         self._body.clear()
         self._ended = self._left = self._chunk_left = None
-        async with asyncio.timeout(WAIT_SECONDS):
+        async with asyncio.timeout(self._patience):
             raw = await self._reader.readuntil(b"\r\n\r\n")
         status_line, *lines = raw.decode("latin-1").split("\r\n")[:-2]
         _, status, reason = status_line.split(" ", 2)
@@ -152,7 +156,7 @@ class RawClient:
 
     async def closed(self) -> bytes:
         """What still comes until the server closes the connection."""
-        async with asyncio.timeout(WAIT_SECONDS):
+        async with asyncio.timeout(self._patience):
             return await self._reader.read()
 
     def _take(self, count: int) -> bytes:
@@ -165,7 +169,7 @@ class RawClient:
         if self._ended is not None:
             raise EOFError
         try:
-            async with asyncio.timeout(WAIT_SECONDS):
+            async with asyncio.timeout(self._patience):
                 await (self._more_of_chunks() if self._chunked else self._more_of_length())
         except (EOFError, ConnectionError):
             self._ended = False

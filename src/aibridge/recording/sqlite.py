@@ -58,7 +58,8 @@ _END: Final = (
     " WHERE id = ?1"
 )
 _INTERRUPT: Final = (
-    "UPDATE aibridge_interceptions SET status = 'interrupted', ended_at = ?, error = 'the process ended before the response'"
+    "UPDATE aibridge_interceptions SET status = 'interrupted', error = 'the process ended before the response',"
+    " ended_at = max(?, started_at)"  # the clock may have been set back since
     " WHERE status = 'in_progress' AND instance NOT IN (SELECT value FROM json_each(?))"
 )
 

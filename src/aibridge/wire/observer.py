@@ -116,6 +116,8 @@ class Observer:
         try:
             for piece in self._decoder.feed(chunk):
                 frames += self._take(piece)
+                if self._sse is not None and self._sse.oversized:  # a bomb would take seconds to be taken apart
+                    raise CodingError("event over the size bound")
         except Exception as error:  # noqa: BLE001  looking at traffic never harms traffic
             self._give_up(error if isinstance(error, CodingError) else CodingError(type(error).__name__))
         return frames

@@ -81,6 +81,11 @@ class SseDecoder:
         return b"".join(self._raw) + b"".join(self._line)
 
     @property
+    def oversized(self) -> bool:
+        """The frame under way is over the size bound."""
+        return self._oversized
+
+    @property
     def pending(self) -> bytes | None:
         """The data of the frame under way as far as its lines are complete. Clients that read by line act on those."""
         return b"\n".join(self._data) if self._data and not self._oversized else None
