@@ -271,7 +271,7 @@ async def lost(url: str) -> Counter[str]:
     for line in text.splitlines():
         if line.startswith("aibridge_records_lost_total{"):
             counts[line.split('"')[1]] += int(float(line.rsplit(" ", 1)[1]))
-    return counts
+    return +counts
 
 
 async def until(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
