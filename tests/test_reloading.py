@@ -20,8 +20,10 @@ import pytest
 
 from aibridge import MemoryRecorder
 from aibridge.config import ConfigurationError, Settings
+from aibridge.process import Service
 from aibridge.reloading import Configuration, renewed
 from aibridge.server import Server
+from aibridge.worker import Reload, take_over
 from tests.serving import call, scope, settings
 from tests.support.crowd import MESSAGES, answer, ask, until
 from tests.support.gateway import Gateway, wait_until
@@ -237,6 +239,21 @@ async def test_a_file_that_cannot_be_used(provider: ThreadedProvider, tmp_path: 
         gateway.configure("")
         await hup(gateway, "the configuration was reloaded")
         await until_noted(gateway, lambda notes: notes == [])
+
+
+async def test_a_worker_that_cannot_take_it_over_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """It alone may have no room for what is new: then it serves as before, and who asks it gets to know."""
+
+    class Failing(Service):
+        async def reload(self, settings: Settings) -> None:
+            raise OSError("no room")
+
+    server = Server(settings(), recorder=MemoryRecorder())
+    service = Failing(server, settings(), shared=True)
+    await take_over(service, Reload(settings(), ("a note",)))
+    assert server.notes == ("a note",) and not caplog.text, "nothing has changed for it"
+    await take_over(service, Reload(settings(limits={"max_body_bytes": 5}), ()))
+    assert "could not be taken over" in server.notes[0] and "no room" in caplog.text
 
 
 async def test_a_worker_that_starts_later_has_the_new_configuration(provider: ThreadedProvider) -> None:

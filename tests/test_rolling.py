@@ -54,8 +54,8 @@ def serving(
         assert "Traceback" not in gateway.output and "not ended in time" not in gateway.output
 
 
-def assert_everything_is_there(crowd: Regulars, database: Path) -> None:
-    """No request has failed; each response is in the ledger, and each interception there has ended, once."""
+def assert_everything_is_there(crowd: Regulars, database: Path, *gateways: Gateway) -> None:
+    """No request has failed; each response is in the ledger, and each interception has ended, once."""
     assert not crowd.failures, f"{len(crowd.failures)} of {len(crowd.seen)}: {crowd.failures[:5]}"
     assert crowd.kept > CLIENTS, "connections were kept"
     assert_nothing_is_missing(crowd.seen, database)
@@ -65,6 +65,8 @@ def assert_everything_is_there(crowd: Regulars, database: Path) -> None:
     with closing(sqlite3.connect(database)) as connection:
         unended = connection.execute("SELECT count(*) FROM aibridge_interceptions WHERE ended_at IS NULL").fetchone()
         assert unended == (0,)
+    ends = [one for gateway in gateways for one in re.findall(r"interception ended interception_id=(\S+)", gateway.output)]
+    assert len(ends) == len(set(ends)) == len(crowd.seen)
 
 
 def unused_port() -> int:
@@ -92,11 +94,11 @@ async def test_one_takes_the_place_of_another(provider: ThreadedProvider, tmp_pa
             await crowd.go_on(5 * CLIENTS)
             old.process.send_signal(signal.SIGTERM)
             await until(lambda: "shutting down" in old.output and refuses(port), "the socket is not closed")
-            await asyncio.to_thread(gateways.enter_context, serving(provider, database, port=port))
+            new = await asyncio.to_thread(gateways.enter_context, serving(provider, database, port=port))
             await crowd.go_on(5 * CLIENTS)
         assert old.process.wait(STOP_SECONDS) == -signal.SIGTERM
         assert crowd.refused > 0
-        assert_everything_is_there(crowd, database)
+        assert_everything_is_there(crowd, database, old, new)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -115,7 +117,7 @@ async def test_a_restart_behind_a_socket_that_stays(provider: ThreadedProvider, 
                 await asyncio.to_thread(gateway.start)
             await crowd.go_on(5 * CLIENTS)
         assert crowd.refused == 0
-        assert_everything_is_there(crowd, database)
+        assert_everything_is_there(crowd, database, gateway)
 
 
 async def test_workers_are_restarted_one_by_one(provider: ThreadedProvider, tmp_path: Path) -> None:
@@ -127,7 +129,7 @@ async def test_workers_are_restarted_one_by_one(provider: ThreadedProvider, tmp_
                 await restarted(gateway, number)
             await crowd.go_on(3 * CLIENTS)
         assert crowd.refused == 0
-        assert_everything_is_there(crowd, database)
+        assert_everything_is_there(crowd, database, gateway)
 
 
 async def restarted(gateway: Gateway, worker: int) -> None:
@@ -148,7 +150,7 @@ async def test_all_of_them_stop(provider: ThreadedProvider, tmp_path: Path, work
             gateway.process.send_signal(signal.SIGTERM)
             assert await asyncio.to_thread(gateway.process.wait, STOP_SECONDS) == -signal.SIGTERM
         assert crowd.refused > 0
-        assert_everything_is_there(crowd, database)
+        assert_everything_is_there(crowd, database, gateway)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -174,7 +176,7 @@ async def test_the_configuration_is_reloaded(provider: ThreadedProvider, tmp_pat
         crowd.seen += ended
         assert crowd.refused == 0
         assert "providers.anthropic.nonsense: there is no such setting" in gateway.output
-        assert_everything_is_there(crowd, database)
+        assert_everything_is_there(crowd, database, gateway)
 
 
 async def reloaded(gateway: Gateway, toml: str, says: str) -> None:

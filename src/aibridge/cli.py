@@ -39,7 +39,7 @@ def main() -> None:
 @click.option("--port", type=int, help="Port to listen on.  [default: 8080]")
 @click.option("--workers", type=int, help="Processes that serve, such as one for each core.  [default: 1]")
 def serve(config: Path | None, host: str | None, port: int | None, workers: int | None) -> None:
-    """Run the gateway."""
+    """Run the gateway. SIGTERM lets responses end, SIGHUP has the configuration read anew."""
     given = {key: value for key, value in (("host", host), ("port", port), ("workers", workers)) if value is not None}
     try:
         inherited = handed_over()

@@ -98,7 +98,7 @@ class Server:
         """Serve the requests that come from now on by other settings. Connections to providers stay; those to MCP servers do
         where none of these has changed. Raises what opening something new raises; then everything stays as it was.
         """
-        injection = self._renewed_injection(settings)
+        injection = await asyncio.to_thread(self._renewed_injection, settings)  # the MCP SDK may have to be loaded
         await self._bridge.reconfigure(settings.enabled_providers(), injection=injection, limits=settings.limits.limits())
         self._settings, self._injection = settings, injection
         self._authenticator, self._guard = _authenticator(settings), _guard(settings)

@@ -96,11 +96,12 @@ async def _work(server: Server, job: Job, supervisor: "Connection[str, Order]") 
     with _listening_to_signals(orders):
         if await service.start(job.listeners, orders):
             supervisor.send(READY)
-            await obey(orders, Notifier(), "", lambda: _reload(service, orders.told))
+            await obey(orders, Notifier(), "", lambda: take_over(service, orders.told))
             await service.stop(orders.hurry)
 
 
-async def _reload(service: Service, told: Reload) -> None:
+async def take_over(service: Service, told: Reload) -> None:
+    """Serve as the supervisor says. Where that cannot be, log and ``/readyz`` say so."""
     notes = told.notes
     if told.settings != service.settings:
         try:
