@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.crowd import MESSAGES_STREAM, Regulars, ask, assert_nothing_is_missing, gated, ledger, until
-from tests.support.gateway import STOP_SECONDS, Gateway
+from tests.support.gateway import STOP_SECONDS, Gateway, wait_until
 from tests.support.provider import Gate, Received, Reply, ThreadedProvider
 
 CLIENTS = 16
@@ -65,8 +65,10 @@ def assert_everything_is_there(crowd: Regulars, database: Path, *gateways: Gatew
     with closing(sqlite3.connect(database)) as connection:
         unended = connection.execute("SELECT count(*) FROM aibridge_interceptions WHERE ended_at IS NULL").fetchone()
         assert unended == (0,)
-    ends = [one for gateway in gateways for one in re.findall(r"interception ended interception_id=(\S+)", gateway.output)]
-    assert len(ends) == len(set(ends)) == len(crowd.seen)
+    ended = re.compile(r"interception ended interception_id=(\S+)")
+    wait_until(lambda: sum(len(ended.findall(one.output)) for one in gateways) >= len(crowd.seen), "the log is not complete")
+    assert len({end for one in gateways for end in ended.findall(one.output)}) == len(crowd.seen)
+    assert sum(len(ended.findall(one.output)) for one in gateways) == len(crowd.seen)
 
 
 def unused_port() -> int:
