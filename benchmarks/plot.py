@@ -8,7 +8,7 @@ from typing import Final
 from benchmarks.results import ROWS, Results, Row, median
 
 _PANELS: Final = ("cpu_request", "cpu_large_request", "cpu_event", "cpu_burst_event", "latency_p50", "kb_per_stream_1000")
-_COLOURS: Final = {"nginx": "#8a8f98", "aibridge": "#1f6feb", "portkey": "#d29922", "litellm": "#cf222e"}
+_COLOURS: Final = {"nginx": "#8a8f98", "thin": "#57ab5a", "aibridge": "#1f6feb", "portkey": "#d29922", "litellm": "#cf222e"}
 _WIDTH, _LABEL, _VALUE, _BAR, _GAP, _TOP = 760, 90, 110, 18, 34, 64
 
 

@@ -26,7 +26,7 @@ def targets(results: Results) -> Iterator[str]:
 
 def _subjects(results: Results) -> list[str]:
     found = {name for row in results.samples.values() for name in row}
-    return [name for name in ("direct", "nginx", "aibridge", "portkey", "litellm") if name in found]
+    return [name for name in ("direct", "nginx", "thin", "aibridge", "portkey", "litellm") if name in found]
 
 
 def _cells(row: Row, results: Results, subjects: list[str]) -> Iterator[str]:

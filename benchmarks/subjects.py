@@ -47,8 +47,8 @@ class Subject(ABC):
     health: ClassVar[str] = "/healthz"
     """A GET of this path tells whether it serves."""
     start_seconds: ClassVar[float] = 20
-    only: ClassVar[str | None] = None
-    """The only measurement in rounds that it takes part in."""
+    only: ClassVar[frozenset[str] | None] = None
+    """The measurements in rounds that it takes part in, where those are not all, and no others."""
 
     def __init__(self, providers: list[int], folder: Path, *, workers: int = 1) -> None:
         self.providers, self.folder, self.workers = providers, folder, workers
@@ -288,8 +288,29 @@ class NginxBuffering(Nginx):
     """The same as it comes: a request over 16 KB goes through a temporary file."""
 
     name = "nginx-buffering"
-    only = "large requests"
+    only = frozenset({"large requests"})
     _buffering = ""
+
+
+class Thin(Subject):
+    """A relay in Python that does nothing else (`benchmarks.thin`): what is left to win."""
+
+    name = "thin"
+    only = frozenset({"small requests", "large requests", "paced events", "burst events"})
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return None
+
+    @classmethod
+    def version(cls) -> str:
+        return ""
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "benchmarks.thin", str(self.port), str(self.providers[0])]
+
+    def environment(self) -> dict[str, str]:
+        return {"PYTHONPATH": str(Path(__file__).parent.parent)}
 
 
 class Litellm(Subject):
@@ -391,4 +412,4 @@ class Direct(Subject):
         """There is nothing to start."""
 
 
-SUBJECTS: Final[tuple[type[Subject], ...]] = (Aibridge, Nginx, NginxBuffering, Litellm, Portkey)
+SUBJECTS: Final[tuple[type[Subject], ...]] = (Aibridge, Nginx, NginxBuffering, Thin, Litellm, Portkey)

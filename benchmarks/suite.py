@@ -57,7 +57,7 @@ class Suite:
             when=dt.datetime.now(dt.UTC).isoformat(timespec="minutes"),
             command=" ".join(["python -m benchmarks", *sys.argv[1:]]),
             machine=describe(),
-            versions={"commit": commit(), **{kind.name: kind.version() for kind in there}},
+            versions={"commit": commit(), **{kind.name: version for kind in there if (version := kind.version())}},
             absent={kind.name: reason for kind in kinds if (reason := kind.missing()) is not None},
         )
 
@@ -94,7 +94,9 @@ class Suite:
             yield subject
 
     def _take_turn(self, subject: Subject, timed: Timed, turn: int) -> None:
-        if subject.only not in (None, timed.name) or (isinstance(subject, Direct) and not timed.direct):
+        if (subject.only is not None and timed.name not in subject.only) or (
+            isinstance(subject, Direct) and not timed.direct
+        ):
             return
         if subject.peer and turn >= self._effort.peer_rounds:
             return

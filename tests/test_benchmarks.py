@@ -18,12 +18,12 @@ if sys.platform != "linux":
 
 from benchmarks import tooling
 from benchmarks.machine import cpu_seconds, memory_kb, on_cores, processes
-from benchmarks.measurements import open_streams, paced_events, small_requests
+from benchmarks.measurements import large_requests, open_streams, paced_events, small_requests
 from benchmarks.plot import svg
 from benchmarks.report import table, targets
 from benchmarks.results import ROWS, TARGETS, Results, difference, median, ratio
 from benchmarks.soak import Sample, growth, problems, slope
-from benchmarks.subjects import SUBJECTS, Aibridge, Direct, Nginx, free_port
+from benchmarks.subjects import SUBJECTS, Aibridge, Direct, Nginx, Thin, free_port
 from benchmarks.tooling import CannotMeasure, Load, Protocol, Provider
 
 needs_compiler = pytest.mark.skipif(tooling.compiler() is None, reason="there is no C compiler")
@@ -250,6 +250,12 @@ def test_a_ledger_that_is_not_complete_is_an_error(upstream: Provider) -> None:
 def test_a_measurement_of_nginx(upstream: Provider) -> None:
     with Nginx.running([upstream.port]) as subject:
         assert small_requests(subject, 0.1)["cpu_request"] > 0
+
+
+def test_a_measurement_of_the_thinnest_relay(upstream: Provider) -> None:
+    with Thin.running([upstream.port]) as subject:
+        taken = {**small_requests(subject, 0.1), **large_requests(subject, 0.1), **paced_events(subject, 0.1)}
+        assert all(value is not None and value > 0 for value in taken.values())
 
 
 def test_what_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
