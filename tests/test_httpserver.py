@@ -418,13 +418,43 @@ async def test_who_has_sent_something_is_not_idle() -> None:
         assert await client.closed() == b""
 
 
-async def test_who_waits_to_be_let_in_is_served() -> None:
+async def test_the_last_response_is_read_to_its_end() -> None:
+    """Also where the client had more to say by then: section 9.6."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await respond(send, PADDING)
+
+    async with serving(app) as site, site.client() as client:
+        await site.until(lambda: site.connections)
+        site.server.wind_down()
+        client._writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await client.write(NEXT)
+        await site.until(lambda: all(one._hung_up for one in site.connections))
+        for _ in range(10):
+            await client.write(PADDING)
+        client._writer.transport.resume_reading()  # type: ignore[attr-defined]
+        answer = await client.answer()
+        assert answer.complete and answer.body == PADDING and answer.head.get("connection") == "close"
+
+
+async def test_who_waits_to_be_let_in_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     """A socket that is closed resets those who wait in it. The event loop has not seen these clients; the one that it has
-    leaves meanwhile.
+    leaves before it is the turn of the first of them.
     """
+    loop = asyncio.get_running_loop()
+    let_in = loop.connect_accepted_socket
+
+    async def hesitate(*given: Any) -> Any:
+        await left.wait()
+        return await let_in(*given)
+
+    left = Gate()
+    monkeypatch.setattr(loop, "connect_accepted_socket", hesitate)
     async with serving(Echo()) as site, site.client() as leaves:
         await site.until(lambda: site.connections)
         leaves.die()
+        gone = asyncio.create_task(site.until(lambda: not site.connections))
+        gone.add_done_callback(lambda _: left.set())
         address = ("127.0.0.1", int(site.url.rpartition(":")[2]))
         with ExitStack() as stack:
             clients = [stack.enter_context(socket.create_connection(address)) for _ in range(20)]
