@@ -255,7 +255,7 @@ def test_a_measurement_of_nginx(upstream: Provider) -> None:
 def test_a_measurement_of_the_thinnest_relay(upstream: Provider) -> None:
     with Thin.running([upstream.port]) as subject:
         taken = {**small_requests(subject, 0.1), **large_requests(subject, 0.1), **paced_events(subject, 0.1)}
-        assert all(value is not None and value > 0 for value in taken.values())
+        assert all(value and value > 0 for value in taken.values())
 
 
 def test_what_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
