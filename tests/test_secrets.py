@@ -42,7 +42,6 @@ BLOCKING: Final = MESSAGES.request(stream=False, model="m")
 
 CONFIGURATION: Final = f"""
 [log]
-format = "json"
 level = "debug"
 
 [dumps]
@@ -96,7 +95,7 @@ def guarded(receiver: Receiver) -> Iterator[tuple[Stage, Process]]:
             command=json.dumps(command("sdk")),
             modules=json.dumps(str(Path(__file__).parents[1])),
         )
-        with staged(toml, env={"THE_PROVIDER_KEY": PROVIDER_KEY}) as stage:
+        with staged(toml, env={"THE_PROVIDER_KEY": PROVIDER_KEY, "AIBRIDGE_LOG__FORMAT": "json"}) as stage:
             yield stage, process
 
 
