@@ -645,6 +645,21 @@ def test_close_ends_all() -> None:
     assert all(span.end_time is not None and span.end_time <= before for span in drawing.spans)
 
 
+@pytest.mark.parametrize("days", [-1, 1])
+def test_setting_the_clock_moves_no_span(days: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ledger's times do not follow it either."""
+    drawing = Drawing().tell(start(started_at=datetime.now(UTC)), began())
+    real = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: real() + days * 86_400 * 10**9)
+    drawing.tell(answered(), CallEnded("i", "main"), began(2), answered(), CallEnded("i", "main"))
+    drawing.tell(ended(ended_at=datetime.now(UTC)), Committed("i", 0.0))
+    monkeypatch.undo()
+    assert len(drawing.spans) == 4
+    for span in drawing.spans:
+        assert span.start_time is not None and span.end_time is not None
+        assert real() - 60 * 10**9 < span.start_time <= span.end_time <= real()
+
+
 def test_events_of_nobody() -> None:
     """An observer never raises: what it does not know is none of its business."""
     strangers: list[Event] = [*complete()[1:], RecordLost("i", ""), tool(injected=True), thought()]

@@ -120,7 +120,7 @@ class Traces:
     def _begin_call(self, event: CallBegan) -> None:
         trace = self._drawn(event.interception_id)
         if trace is not None:
-            began = time.time_ns()
+            began = trace.now()
             span = self._tracer.start_span(
                 spans.call_name(event),
                 trace.context,
@@ -138,7 +138,7 @@ class Traces:
     def _end_call(self, event: CallEnded) -> None:
         trace = self._drawn(event.interception_id)
         if trace is not None and trace.calls:
-            trace.calls[-1].ended = trace.until = time.time_ns()
+            trace.calls[-1].ended = trace.until = trace.now()
             self._finish_where_over(trace)
 
     def _draw_usage(self, usage: TokenUsage) -> None:
@@ -193,7 +193,7 @@ class Traces:
     def _commit(self, event: Committed) -> None:
         trace = self._drawn(event.interception_id)
         if trace is not None:
-            trace.settled, trace.until = True, time.time_ns()
+            trace.settled, trace.until = True, trace.now()
             span = self._tracer.start_span("commit", trace.context, start_time=trace.until - round(event.seconds * 1e9))
             span.end(trace.until)
             self._finish_where_over(trace)
@@ -227,7 +227,7 @@ class Traces:
 class _Trace:
     """What has been drawn of one interception. `until` is when something was last heard of it."""
 
-    __slots__ = ("calls", "context", "interception", "outcome", "sampled", "settled", "span", "until")
+    __slots__ = ("_epoch", "calls", "context", "interception", "outcome", "sampled", "settled", "span", "until")
 
     def __init__(self, interception: Interception, span: Span) -> None:
         self.interception = interception
@@ -238,6 +238,11 @@ class _Trace:
         self.outcome: InterceptionEnded | None = None
         self.settled = False  # its records are durable, or one is lost
         self.until = _nanoseconds(interception.started_at)
+        self._epoch = time.time_ns() - time.monotonic_ns()
+
+    def now(self) -> int:
+        """The time in nanoseconds, by a clock that has not been set since the start, as in the ledger."""
+        return self._epoch + time.monotonic_ns()
 
     @property
     def over(self) -> bool:
