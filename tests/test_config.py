@@ -634,6 +634,13 @@ def test_no_other_setting_is_documented() -> None:
     assert documented == {key for key, _ in all_keys()}
 
 
+def test_every_row_of_the_documentation_is_in_a_table() -> None:
+    """One table for each section. Rows behind an empty line are no table (GitHub Flavored Markdown, section 4.10)."""
+    sections = re.split(r"^## ", DOCUMENTATION.read_text(), flags=re.MULTILINE)[1:]
+    for blocks in (re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE) for section in sections):
+        assert len(blocks) <= 1 and all(block.startswith("| key | type | default | meaning |\n| --- |") for block in blocks)
+
+
 def test_the_examples_in_the_documentation_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "openai").write_text("key")
     for name in ("COMPANY_ANTHROPIC_KEY", "OPENROUTER_API_KEY"):
