@@ -47,8 +47,8 @@ def written_into(document: str, played: Sequence[Played]) -> str:
     return f"{before}{BEGIN}\n" + "\n".join(table(played)) + f"\n{END}{after}"
 
 
-def faults_in(document: str) -> list[str]:
-    """The faults that the document's table names."""
+def rows_in(document: str) -> list[list[str]]:
+    """The cells of the document's table, row by row: the fault, and what it costs."""
     _, _, rest = document.partition(BEGIN)
-    rows = [row for row in rest.partition(END)[0].splitlines() if row.startswith("| ")]
-    return [cell for row in rows if (cell := row.split(" | ")[0].removeprefix("| ")) not in ("fault", "---")]
+    rows = [row[2:-2].split(" | ") for row in rest.partition(END)[0].splitlines() if row.startswith("| ")]
+    return [row for row in rows if row[0] not in ("fault", "---")]
