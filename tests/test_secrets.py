@@ -35,7 +35,9 @@ GATEWAY_KEY: Final = "gateway-key-of-alice-38a4e1"
 OAUTH_TOKEN: Final = "sk-ant-oat01-of-bob-90c2f7aa"
 TRACES_KEY: Final = "receiver-key-51b7d3"
 COOKIE: Final = "cookie-of-carol-2c71ee"
-SECRETS: Final = (PROVIDER_KEY, GATEWAY_KEY, OAUTH_TOKEN, MCP_SECRET, TRACES_KEY, COOKIE)
+PARAMETER: Final = "token-of-dave-7be1f0"
+"""In a query, as some servers want it, and in a field that is no usual one."""
+SECRETS: Final = (PROVIDER_KEY, GATEWAY_KEY, OAUTH_TOKEN, MCP_SECRET, TRACES_KEY, COOKIE, PARAMETER)
 
 STREAM: Final = MESSAGES.request(stream=True, model="m")
 BLOCKING: Final = MESSAGES.request(stream=False, model="m")
@@ -136,6 +138,10 @@ async def the_provider_quotes_credentials(scene: Scene) -> None:
     cookies = Reply(200, [("content-type", "text/event-stream"), ("set-cookie", f"a={COOKIE}")], [half, CUT])
     got = await answered(scene, "own", STREAM, cookies, ("Authorization", f"Bearer {OAUTH_TOKEN}"))
     assert OAUTH_TOKEN.encode() in got
+    message = f"nothing at /v1/messages?token={PARAMETER} for {PARAMETER}"
+    scene.reply(Reply.json({"type": "error", "error": {"type": "not_found_error", "message": message}}, 404))
+    await scene.post(f"/own/v1/messages?token={PARAMETER}", BLOCKING, [("X-Goog-API-Key", PARAMETER)])
+    assert shown(scene.requests[-1]).count(PARAMETER.encode()) == 2
 
 
 async def requests_are_refused(scene: Scene) -> None:
@@ -210,11 +216,11 @@ async def captured() -> tuple[Mapping[str, bytes], Rows]:
                 metrics = (await client.request("GET", "/metrics")).body
                 ready = (await client.request("GET", "/readyz")).body
             process.kill()
-            rows = await asyncio.to_thread(scene.ended, 7)
+            rows = await asyncio.to_thread(scene.ended, 8)
         stage.provider.handle(lambda _: Reply.json({"data": []}))
         printed = await asyncio.to_thread(checked, stage)
         assert await asyncio.to_thread(stage.gateway.stop) == -signal.SIGTERM
-        dumps = finished(stage.gateway.folder / "dumps", 8)
+        dumps = finished(stage.gateway.folder / "dumps", 9)
         places = {
             "logs": stage.gateway.output.encode(),
             "metrics": metrics,

@@ -83,14 +83,18 @@ def _together(recorder: Recorder) -> Callable[[Sequence[Record]], Awaitable[None
 
 
 class Entry:
-    """The ledger's entry for one interception. `arrived` is called right before observers are told of its start."""
+    """The ledger's entry for one interception.
+
+    `secrets` answers with the credentials of the request; it is asked where there is an error, which may quote them.
+    `arrived` is called right before observers are told of the start.
+    """
 
     def __init__(
         self,
         ledger: Ledger,
         interception: Interception,
         request: RequestFacts,
-        secrets: Sequence[str] = (),
+        secrets: Callable[[], Sequence[str]] = tuple,
         arrived: Callable[[], None] | None = None,
     ) -> None:
         self.interception = interception
@@ -311,7 +315,7 @@ class Entry:
 
     def _without_secrets(self, error: str) -> str:
         """Providers quote credentials in their errors; ours must not be among them."""
-        for secret in filter(None, self._secrets):
+        for secret in filter(None, self._secrets()):
             error = error.replace(secret, "[credential]")
         return error[:_MAX_ERROR]
 

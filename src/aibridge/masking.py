@@ -39,21 +39,32 @@ class MaskedRequest(msgspec.Struct, frozen=True):
 
 def masked_request(url: str, headers: Headers, secrets: Sequence[str] = ()) -> MaskedRequest:
     """Mask what fields and parameters of a credential's name hold, and `secrets` wherever they are. `url` is in ASCII."""
-    found, names = list(secrets), []
     path, mark, query = url.partition("?")
+    found, names = secrets_of(query, headers, secrets), []
     parameters = [parameter.partition("=") for parameter in query.split("&")]
     for index, (parameter, equals, text) in enumerate(parameters):
         if text and is_credential(unquote_to_bytes(parameter)):
-            found += (text, unquote_to_bytes(text).decode("latin-1"))
             names.append(f"?{parameter}")
             parameters[index] = (parameter, equals, "*" * len(text))
-    found += (value.split()[-1].decode("latin-1") for name, value in headers if value.strip() and is_credential(name))
     mask = Mask(found)
     fields = masked_fields(headers, mask)
     changed = (name for (name, value), (_, shown) in zip(headers, fields, strict=True) if value != shown)
     names += (name.decode("latin-1") for name in changed)
     shown_url = path + mark + "&".join("".join(parameter) for parameter in parameters)
-    return MaskedRequest(mask.text(shown_url), fields, tuple(found), tuple(names))
+    return MaskedRequest(mask.text(shown_url), fields, found, tuple(names))
+
+
+def secrets_of(query: str, headers: Headers, known: Sequence[str] = ()) -> tuple[str, ...]:
+    """The credentials of a request: those that are `known`, and what parameters and fields of a credential's name hold.
+
+    As they are written, and as they are meant. What is too short keeps no secret.
+    """
+    found: list[str] = []
+    for parameter, _, text in (parameter.partition("=") for parameter in query.split("&")):
+        if is_credential(unquote_to_bytes(parameter)):
+            found += (text, unquote_to_bytes(text).decode("latin-1"))
+    found += (value.split()[-1].decode("latin-1") for name, value in headers if value.strip() and is_credential(name))
+    return (*known, *(secret for secret in found if len(secret) >= _SHORTEST))
 
 
 def is_credential(name: bytes) -> bool:

@@ -41,6 +41,7 @@ from aibridge.injection import Injection, Prepared
 from aibridge.interruptible import Interruptible, Stopping
 from aibridge.keepalive import KeepAlive
 from aibridge.ledger import Entry, Ledger, new_id
+from aibridge.masking import secrets_of
 from aibridge.providers import Provider, Route
 from aibridge.records import Interception
 from aibridge.tools import Call
@@ -84,7 +85,8 @@ class Interceptor:
         interception = self._interception(client, actor, request.facts, headers, prepared.notes)
         tracer = self.caller.tracer
         arrived = None if tracer is None else partial(tracer.arrived, interception.id, client.headers)
-        entry = Entry(self.ledger, interception, request.facts, headers.secrets, arrived)
+        secrets = partial(secrets_of, client.query, headers.fields, headers.secrets)
+        entry = Entry(self.ledger, interception, request.facts, secrets, arrived)
         await entry.start()
         if prepared.lost or prepared.unknown:
             entry.history_missed(prepared.lost, prepared.unknown)
