@@ -128,11 +128,8 @@ class Caller:
 
     async def _attempt(self, request: UpstreamRequest, purpose: Purpose, attempt: int) -> ProviderCall:
         permit = self._admitted(purpose)
-        url, identity, name = (
-            request.url.partition("?")[0],
-            purpose.interception_id,
-            self.provider.name,
-        )  # a query may hold a key
+        identity, name = purpose.interception_id, self.provider.name
+        url = request.url.partition("?")[0]  # a query may hold a key
         notify(self.observers, CallBegan(identity, name, purpose.route, purpose.model, url, purpose.hop, attempt))
         request = self._marked(request, purpose, attempt)
         started = time.monotonic()
