@@ -279,7 +279,7 @@ def test_what_broke_off() -> None:
         ({"message": "No.", "type": "server_error", "param": None, "code": None}, "server_error: No."),
         ({"message": "No.", "type": None, "code": "overloaded"}, "overloaded: No."),
         ({"message": "No.", "code": 502}, "error: No."),  # OpenRouter
-        ("No.", "No."),
+        ("No.", "error: No."),
         ({}, "error: "),
         (None, None),
         (False, None),

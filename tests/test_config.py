@@ -88,6 +88,7 @@ SETTINGS: dict[str, tuple[str, str, Any]] = {
     "log.format": ('"json"', "json", "json"),
     "log.level": ('"warning"', "warning", "warning"),
     "log.interceptions": ("false", "false", False),
+    "log.content": ("true", "true", True),
     "server.drain_delay": ("2.5", "2.5", 2.5),
     "server.worker_timeout": ("30", "30", 30.0),
     "server.request_timeout": ("5", "5", 5.0),

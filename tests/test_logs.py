@@ -329,6 +329,27 @@ async def test_levels_of_ends(status: Any, level: str, capture: Callable[..., Ca
     assert (end["status"], end["level"]) == (status, level)
 
 
+@pytest.mark.parametrize("content", [False, True])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        ("invalid_request_error: you said 'my salary is 42'", "invalid_request_error"),
+        ("error: my salary is 42", "error"),
+        ("The provider could not be reached: Connection refused.", None),
+    ],
+)
+async def test_errors_of_providers_may_quote_what_they_were_sent(
+    capture: Callable[..., Captured], error: str, code: str | None, *, content: bool
+) -> None:
+    """Issue 5: no content by default. Our own errors quote nothing."""
+    captured = capture()
+    observer = EventLog(captured.log, content=content)
+    for event in (begun(), ended(status="failed", error=error), Committed("i1", 0)):
+        observer(event)
+    await asyncio.sleep(0)
+    assert captured.lines[-1]["error"] == (error if content or code is None else code)
+
+
 async def test_names_from_outside_are_bounded_and_harmless(capture: Callable[..., Captured]) -> None:
     hostile = HOSTILE + "x" * 10_000
     names = {"model": hostile, "client": hostile, "client_session_id": hostile, "initiator_id": hostile}
@@ -479,7 +500,7 @@ def test_whatever_goes_wrong_comes_out_in_the_format(capfd: pytest.CaptureFixtur
     def fail() -> None:
         raise ValueError("in a thread")
 
-    with warnings.catch_warnings(), logging_to_stderr("json", "info", interceptions=True, worker=7):
+    with warnings.catch_warnings(), logging_to_stderr("json", "info", interceptions=True, content=False, worker=7):
         warnings.simplefilter("always")
         warnings.warn("of something", DeprecationWarning, stacklevel=1)
         thread = threading.Thread(target=fail)

@@ -338,7 +338,7 @@ ERROR: Json = {"type": "error", "error": {"type": "overloaded_error", "message":
     ("body", "error"),
     [
         (ERROR, "overloaded_error: Overloaded"),
-        ({"error": "model not found"}, "model not found"),  # compatible servers
+        ({"error": "model not found"}, "error: model not found"),  # compatible servers
         ({"error": {"message": "No."}}, "error: No."),
         ({"error": {}}, "error: "),
         ({"error": None}, None),

@@ -10,6 +10,7 @@ import re
 import signal
 import socket
 import stat
+import subprocess
 import sys
 import tempfile
 from collections import defaultdict
@@ -22,7 +23,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from aibridge.httpserver import bound, shared
-from aibridge.multiprocess import registry_of_all
+from aibridge.multiprocess import count_in_files, registry_of_all
 from aibridge.process import CannotStart
 from aibridge.supervisor import BackOff, metrics_directory
 from tests.support.crowd import (
@@ -449,3 +450,23 @@ def test_no_place_for_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     with pytest.raises(CannotStart, match="nowhere"), metrics_directory():
         pass
+
+
+def test_there_is_room_for_metrics_before_they_are_counted(tmp_path: Path) -> None:
+    """On a full disk a write into a hole of a file that is mapped ends the process (mmap(2), SIGBUS): there are no holes."""
+    script = """
+import sys; from pathlib import Path; from aibridge.multiprocess import count_in_files
+count_in_files(Path(sys.argv[1]), 1)
+from prometheus_client import CollectorRegistry; from aibridge.metrics import Metrics
+Metrics(CollectorRegistry())
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=60)
+    files = list(tmp_path.glob("*.db"))
+    assert files and all(path.stat().st_blocks * 512 >= path.stat().st_size > 0 for path in files)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+def test_no_room_for_metrics(tmp_path: Path) -> None:
+    (tmp_path / "counter_1.db").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        count_in_files(tmp_path, 1)

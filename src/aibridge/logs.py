@@ -31,6 +31,7 @@ from aibridge.loglines import (
 )
 from aibridge.logwriter import LineWriter
 from aibridge.records import Interception, InterceptionEnded, TokenUsage, ToolUsage
+from aibridge.wire.base import error_code
 
 logger = logging.getLogger(__name__)
 _events: Final = logging.getLogger("aibridge.events")
@@ -99,11 +100,12 @@ class EventLog:
     circuit breaker. Give it to a `RequestBridge` as an observer.
 
     An interception has ended when that is durable: then its line is written. What is written of all this is a matter of the
-    level of the logger ``aibridge.events``.
+    level of the logger ``aibridge.events``. Of a provider's error only the code is written, with `content` all of it.
     """
 
-    def __init__(self, log: Log, *, interceptions: bool = True) -> None:
+    def __init__(self, log: Log, *, interceptions: bool = True, content: bool = False) -> None:
         self._log = log
+        self._content = content
         self._open: dict[str, InterceptionLine] = {}
         self._ended: dict[str, tuple[float, InterceptionLine]] = {}
         self._look: asyncio.TimerHandle | None = None
@@ -186,13 +188,17 @@ class EventLog:
         line.message = "interception ended"
         line.status = event.status
         line.http_status = event.http_status
-        line.error = event.error and plain(event.error, MAX_TEXT)
+        line.error = event.error and plain(self._said(event.error), MAX_TEXT)
         line.time_to_first_byte_ms = event.time_to_first_byte_ms
         line.hops = line.hops or 0
         line.attempts = line.attempts or 0
         line.injected_tool_calls = line.injected_tool_calls or 0
         line.other_tool_calls = line.other_tool_calls or 0
         self._wait_for_commit(line)
+
+    def _said(self, error: str) -> str:
+        """What is written of an error: of a provider's the code alone, since the rest may quote what it was sent."""
+        return error if self._content else error_code(error) or error
 
     def _wait_for_commit(self, line: InterceptionLine) -> None:
         loop = asyncio.get_running_loop()
@@ -257,11 +263,11 @@ class EventLog:
 
 @contextmanager
 def logging_to_stderr(
-    format: LogFormat, level: LogLevel, *, interceptions: bool, worker: int | None = None
+    format: LogFormat, level: LogLevel, *, interceptions: bool, content: bool, worker: int | None = None
 ) -> Iterator[EventLog]:
     """Set up the log of this process, with an observer for events, and write what waits in the end."""
     log = Log(format, worker=worker)
-    events = EventLog(log, interceptions=interceptions)
+    events = EventLog(log, interceptions=interceptions, content=content)
     logging.getLogger().handlers[:] = [log]
     set_level(level)
     logging.captureWarnings(capture=True)

@@ -17,10 +17,21 @@ from prometheus_client.registry import Collector
 
 _STARTED: Final = "process_start_time_seconds"
 _CPU: Final = "process_cpu_seconds"
+# The files of one worker, and what is room for some thousand series in each.
+_KINDS: Final = ("counter", "histogram", "gauge_livesum", "gauge_livemin", "gauge_livemax")
+_FILE_BYTES: Final = 1 << 20
 
 
 def count_in_files(directory: Path, worker: int) -> None:
-    """From now on, metrics that are made in this process are those of that worker."""
+    """From now on, metrics that are made in this process are those of that worker. Raises OSError.
+
+    Room for them is taken at once. prometheus-client makes files with holes and writes through mmap(2), and a write into a
+    hole on a full disk ends the process (SIGBUS).
+    """
+    for kind in _KINDS:
+        with (directory / f"{kind}_{worker}.db").open("ab") as file:
+            if not file.tell():
+                file.write(bytes(_FILE_BYTES))
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
     values.ValueClass = values.MultiProcessValue(lambda: worker)  # type: ignore[no-untyped-call]
 

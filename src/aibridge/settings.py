@@ -130,6 +130,7 @@ class LogSettings(_Section):
     )
     level: LogLevel = Field(default="info", description="the least level of lines that are written")
     interceptions: bool = Field(default=True, description="a line when a request starts and one when it has ended")
+    content: bool = Field(default=False, description="with providers' errors in full, which may quote what they were sent")
 
 
 class DatabaseSettings(_Section):

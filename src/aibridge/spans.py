@@ -4,7 +4,6 @@ Source: the conventions for generative AI (open-telemetry/semantic-conventions-g
 Names of our own begin with ``aibridge.``. What clients choose is shortened, so that it cannot fill a span.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final
@@ -14,6 +13,7 @@ import msgspec
 
 from aibridge.events import CallAnswered, CallBegan
 from aibridge.records import Interception, InterceptionEnded, TokenUsage, ToolUsage
+from aibridge.wire.base import error_code
 
 Attributes = dict[str, str | int | float | bool | Sequence[str]]
 
@@ -25,8 +25,6 @@ _MAX_NAME: Final = 256
 _MAX_CONTENT: Final = 16_384
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 _OPENAI_APIS: Final = {"/v1/chat/completions": "chat_completions", "/v1/responses": "responses"}
-# A provider's code at the head of its error, as `aibridge.wire.base.error_text` puts it.
-_CODE: Final = re.compile(r"[a-z][a-z0-9_]{0,63}(?=: )")
 
 
 def interception_name(interception: Interception) -> str:
@@ -82,8 +80,7 @@ def cut(outcome: InterceptionEnded) -> str | None:
     """Why the response of a provider has no end: its own code for that, ``broken_off``, or what became of the client."""
     if outcome.status != "failed":
         return None if outcome.status == "completed" else outcome.status
-    code = _CODE.match(outcome.error or "")
-    return "broken_off" if code is None else code[0]
+    return error_code(outcome.error or "") or "broken_off"
 
 
 def call_failure(head: CallAnswered | None, outcome: InterceptionEnded | None) -> str | None:

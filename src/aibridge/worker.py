@@ -77,16 +77,24 @@ class Job:
 def work(job: Job, supervisor: "Connection[str, Order]") -> None:
     """Serve until the supervisor says to stop, or has gone. Raises SystemExit where that cannot begin."""
     prepare()
-    count_in_files(job.metrics, job.number)
     settings = job.told.settings
     with logging_to_stderr(**settings.log.model_dump(), worker=job.number) as log:
-        server = Server(settings, observers=[log], scraped=registry_of_all(job.metrics, os.getppid()))
         try:
+            _make_room(job)
+            server = Server(settings, observers=[log], scraped=registry_of_all(job.metrics, os.getppid()))
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(_work(server, job, supervisor))
         except CannotStart as error:
             supervisor.send(f"{type(error.__cause__).__name__}: {error.__cause__}")
             raise SystemExit(CANNOT_START) from None
+
+
+def _make_room(job: Job) -> None:
+    """For what is counted. Raises `CannotStart`."""
+    try:
+        count_in_files(job.metrics, job.number)
+    except OSError as error:
+        raise CannotStart from error
 
 
 async def _work(server: Server, job: Job, supervisor: "Connection[str, Order]") -> None:

@@ -117,17 +117,28 @@ class Request(msgspec.Struct, frozen=True):
 
 
 def error_text(error: Raw | None) -> str | None:
-    """The words of an ``error`` member: an object with a type or code and a message, or a string.
+    """The words of an ``error`` member, an object with a type or code and a message, or a string: a code, a colon, the rest.
 
     None where there is no error: compatible servers send null, false or an empty string beside a good answer.
     """
     if error is None or is_null(error) or boolean(error) is False:
         return None
     if (plain := text(error)) is not None:
-        return plain or None
+        return f"error: {plain}" if plain else None
     parts = members(error)
-    kind = text(parts.get("type")) or text(parts.get("code")) or "error"
-    return f"{kind}: {text(parts.get('message')) or ''}"
+    said = f"{text(parts.get('type')) or text(parts.get('code')) or 'error'}: {text(parts.get('message')) or ''}"
+    return said if error_code(said) is not None else f"error: {said}"
+
+
+def error_code(error: str) -> str | None:
+    """The code in words of a provider, as `error_text` has put them; None in those of our own. What follows the code may
+    quote what the provider was sent.
+    """
+    found = _ERROR_CODE.match(error)
+    return None if found is None else found[0]
+
+
+_ERROR_CODE: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}(?=: )")
 
 
 class ResponseReader(ABC):
