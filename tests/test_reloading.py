@@ -256,6 +256,20 @@ async def test_a_worker_that_cannot_take_it_over_says_so(caplog: pytest.LogCaptu
     assert "could not be taken over" in server.notes[0] and "no room" in caplog.text
 
 
+async def test_workers_that_could_not_take_it_over_try_again(provider: ThreadedProvider) -> None:
+    """With the next SIGHUP, though the file is the same. What fails here is to open the history of conversations."""
+    with gateway_at(provider, workers=2) as gateway:
+        gateway.configure(toml({"sums": {"command": SUMS, "start_timeout": 30}}))
+        aside = gateway.database.rename(gateway.folder / "aside")
+        gateway.database.mkdir()
+        gateway.process.send_signal(signal.SIGHUP)
+        await until(lambda: gateway.output.count("could not be taken over") == 2, "they take it over")
+        gateway.database.rmdir()
+        aside.rename(gateway.database)
+        await hup(gateway, "the configuration was reloaded")
+        await until_noted(gateway, lambda notes: notes == [])
+
+
 async def test_a_worker_that_starts_later_has_the_new_configuration(provider: ThreadedProvider) -> None:
     with gateway_at(provider, workers=2) as gateway:
         gateway.configure(f'[providers.later]\nkind = "anthropic"\nbase_url = "{provider.url}"')

@@ -153,7 +153,7 @@ class _Place:
         self._orders = orders
         self._name = f"worker {number}"
         self.news = asyncio.Event()
-        """Set when there is something new in the configuration."""
+        """Set when the configuration was read anew, until the worker is told."""
         self.began: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when the first worker accepts clients; raises `CannotStart` where it never does."""
 
@@ -176,9 +176,8 @@ class _Place:
 
     async def _fill(self) -> str:
         """The life of one worker. Answers how it ended."""
-        told = self._state()
         ours, theirs = _spawning.Pipe()
-        job = Job(self._number, told, self._group, self._metrics)
+        job = Job(self._number, self._state(), self._group, self._metrics)
         process = _spawning.Process(target=work, args=(job, theirs), name=self._name)
         with ours:
             try:
@@ -190,7 +189,7 @@ class _Place:
             try:
                 problem = await self._greeting(process, ours)
                 if problem == READY:
-                    tasks.append(asyncio.create_task(self._attend(process, ours, told)))
+                    tasks.append(asyncio.create_task(self._attend(process, ours)))
                 await _readable(process.sentinel)
             finally:
                 for task in tasks:
@@ -216,16 +215,19 @@ class _Place:
                 self.began.set_result(None)
         return problem
 
-    async def _attend(self, process: SpawnProcess, worker: "Connection[Order, str]", told: Reload) -> None:
+    async def _attend(self, process: SpawnProcess, worker: "Connection[Order, str]") -> None:
         """Tell a worker what is new in the configuration, and see that it answers. One that hangs is ended.
+
+        It is told after each order to reload, whether or not something has changed: it may have failed to take it over.
 
         There is never more than one question without an answer, so that the pipe has room and no worker can block us.
         """
         with suppress(EOFError, OSError):  # it has just died
             while True:
                 patience = self._configuration.settings.server.worker_timeout
-                told, before = self._state(), told
-                worker.send(Ping() if told == before else told)
+                order = self._state() if self.news.is_set() else Ping()
+                self.news.clear()
+                worker.send(order)
                 try:
                     await asyncio.wait_for(_readable(worker.fileno()), patience)
                 except TimeoutError:
@@ -235,7 +237,6 @@ class _Place:
                 worker.recv()
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self.news.wait(), min(_PING_SECONDS, patience / 2))
-                self.news.clear()
 
 
 async def _pass_on(orders: _Orders, worker: "Connection[Order, str]") -> None:
