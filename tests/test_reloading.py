@@ -232,6 +232,8 @@ async def test_a_file_that_cannot_be_used(provider: ThreadedProvider, tmp_path: 
         assert all(f"{told} {line}\n" in gateway.output for line in said)
         assert (await ask(gateway.url, MESSAGES)).status == 200
         await until_noted(gateway, lambda notes: len(notes) == 1 and "could not be reloaded" in notes[0])
+        (gateway.folder / "aibridge.toml").unlink()
+        await hup(gateway, "there is no configuration file aibridge.toml")
         gateway.configure("[database]\nwhen_unavailable = 'continue'")
         await hup(gateway, "changes that need a restart: database.when_unavailable")
         needs_a_restart = ["changed, and needs a restart: database.when_unavailable"]
