@@ -45,6 +45,7 @@ _SETTLED_SECONDS: Final = 10.0
 _FIRST_DELAY: Final = 0.5
 _PING_SECONDS: Final = 5.0
 _LAST_WORDS_SECONDS: Final = 2.0
+_HURRY_SECONDS: Final = 15.0
 _LAST_DELAY: Final = 10.0  # clients wait for as long, those whose connections are for that worker
 
 
@@ -185,7 +186,7 @@ class _Place:
                     process.start()
             except OSError as error:  # such as for want of memory
                 return f"cannot be started: {error}"
-            tasks = [asyncio.create_task(_pass_on(self._orders, ours))]
+            tasks = [asyncio.create_task(_pass_on(self._orders, process, ours))]
             try:
                 problem = await self._greeting(process, ours)
                 if problem == READY:
@@ -239,7 +240,8 @@ class _Place:
                     await asyncio.wait_for(self.news.wait(), min(_PING_SECONDS, patience / 2))
 
 
-async def _pass_on(orders: _Orders, worker: "Connection[Order, str]") -> None:
+async def _pass_on(orders: _Orders, process: SpawnProcess, worker: "Connection[Order, str]") -> None:
+    """Pass orders on. A worker that is to hurry and does not, such as one that hangs, is ended."""
     with suppress(OSError):  # it has just died
         await orders.stop.wait()
         worker.send(Drain())
@@ -247,6 +249,9 @@ async def _pass_on(orders: _Orders, worker: "Connection[Order, str]") -> None:
         worker.send(Stop())
         await orders.hurry.wait()
         worker.send(Hurry())
+        await asyncio.sleep(_HURRY_SECONDS)
+        logger.error("process %d has not ended in time", process.pid)
+        await _end(process)
 
 
 async def _end(process: SpawnProcess) -> None:
