@@ -526,7 +526,7 @@ async def test_who_does_not_end_is_ended(hurried: bool) -> None:
         async with asyncio.timeout(WAIT_SECONDS):
             await stop
         assert await client.rest() == (b"one", False)
-        assert statuses(await stalled.closed()) in ([500], [])
+        assert statuses(await stalled.closed()) in ([502], [])
         await site.until(lambda: not site.connections)
         assert not site.server._serving.tasks and pouring.ended.is_set()
 

@@ -5,6 +5,7 @@ keeps the old one"). That parts which two configurations share stay open is our 
 """
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Self
@@ -14,7 +15,7 @@ import pytest
 from aibridge import MemoryRecorder, Provider, RequestBridge, as_actor
 from aibridge.history import MemoryHistory
 from aibridge.injection import Injection
-from aibridge.limits import Limits
+from aibridge.limits import MAX_BODY_BYTES, Limits
 from aibridge.toolbox import MemoryToolbox
 from tests.serving import ALICE, Call, scope
 from tests.support.provider import WAIT_SECONDS, Gate, Reply, ScriptedProvider, Wait
@@ -143,6 +144,19 @@ async def test_a_request_that_is_only_being_read_keeps_its_configuration(stage: 
     slow._messages.put_nowait(body)
     assert (await slow.over()).body == START + STOP
     await stage.noted(*OPENED, "old toolbox closed", "old history closed")
+
+
+async def test_a_request_is_refused_in_the_shape_of_the_provider_that_it_was_for(stage: Stage) -> None:
+    """Also where there is no such provider any more when it turns out to be too large."""
+    slow = stage.ask()
+    slow._messages.get_nowait()
+    async with asyncio.timeout(WAIT_SECONDS):
+        while not stage.bridge._current._requests:
+            await asyncio.sleep(0)
+    await stage.bridge.reconfigure([], injection=None, limits=Limits())
+    slow._messages.put_nowait({"type": "http.request", "body": bytes(MAX_BODY_BYTES + 1)})
+    refused = await slow.over()
+    assert (refused.status, json.loads(refused.body)["type"]) == (413, "error"), "OpenAI's have no type at the top"
 
 
 async def test_parts_that_both_have_stay_open() -> None:

@@ -232,6 +232,8 @@ async def test_a_file_that_cannot_be_used(provider: ThreadedProvider, tmp_path: 
         assert all(f"{told} {line}\n" in gateway.output for line in said)
         assert (await ask(gateway.url, MESSAGES)).status == 200
         await until_noted(gateway, lambda notes: len(notes) == 1 and "could not be reloaded" in notes[0])
+        (gateway.folder / "aibridge.toml").unlink()
+        await hup(gateway, "there is no configuration file aibridge.toml")
         gateway.configure("[database]\nwhen_unavailable = 'continue'")
         await hup(gateway, "changes that need a restart: database.when_unavailable")
         needs_a_restart = ["changed, and needs a restart: database.when_unavailable"]
@@ -254,6 +256,20 @@ async def test_a_worker_that_cannot_take_it_over_says_so(caplog: pytest.LogCaptu
     assert server.notes == ("a note",) and not caplog.text, "nothing has changed for it"
     await take_over(service, Reload(settings(limits={"max_body_bytes": 5}), ()))
     assert "could not be taken over" in server.notes[0] and "no room" in caplog.text
+
+
+async def test_workers_that_could_not_take_it_over_try_again(provider: ThreadedProvider) -> None:
+    """With the next SIGHUP, though the file is the same. What fails here is to open the history of conversations."""
+    with gateway_at(provider, workers=2) as gateway:
+        gateway.configure(toml({"sums": {"command": SUMS, "start_timeout": 30}}))
+        aside = gateway.database.rename(gateway.folder / "aside")
+        gateway.database.mkdir()
+        gateway.process.send_signal(signal.SIGHUP)
+        await until(lambda: gateway.output.count("could not be taken over") == 2, "they take it over")
+        gateway.database.rmdir()
+        aside.rename(gateway.database)
+        await hup(gateway, "the configuration was reloaded")
+        await until_noted(gateway, lambda notes: notes == [])
 
 
 async def test_a_worker_that_starts_later_has_the_new_configuration(provider: ThreadedProvider) -> None:

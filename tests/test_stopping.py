@@ -182,7 +182,22 @@ async def test_blocking_requests_may_end_too_or_are_told(short: Stage) -> None:
             short.gateway.process.send_signal(signal.SIGTERM)
             told = await client.answer()
         assert told.complete and json.loads(told.body)["type"] == "error" and b"shutting down" in told.body
-        assert told.head.status >= 500 and told.head.get("connection") == "close"
+        assert told.head.status == 502 and told.head.get("connection") == "close"
+
+
+async def test_requests_that_are_no_interceptions_are_told_too(short: Stage) -> None:
+    """One that is only being read, and one of a passthrough route: it is not that something had failed."""
+    with short.scene() as scene:
+        scene.reply(Reply(before=[Wait(Gate())]))
+        async with scene.client() as reading, scene.client() as passing:
+            await reading.send("POST", "/anthropic/v1/messages", [*scene.lines(), ("Content-Length", "9")])
+            await passing.send("GET", "/anthropic/v1/models", scene.lines())
+            await scene.exchange(0)
+            short.gateway.process.send_signal(signal.SIGTERM)
+            for client in (reading, passing):
+                told = await client.answer()
+                assert told.head.status == 502 and told.head.get("connection") == "close"
+                assert b"shutting down" in told.body
 
 
 async def test_a_client_that_is_between_two_requests() -> None:

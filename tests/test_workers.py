@@ -356,6 +356,17 @@ async def test_a_worker_that_stands_still_is_killed(provider: ThreadedProvider) 
             assert (await ask(gateway.url, MESSAGES_STREAM)).complete
 
 
+async def test_one_that_stands_still_does_not_keep_the_others_from_ending(provider: ThreadedProvider) -> None:
+    """With the second signal it has fifteen seconds: nobody waits until it would be taken for hung."""
+    with workers(provider, worker_timeout=600) as gateway:
+        os.kill(processes(gateway)[1], signal.SIGSTOP)
+        gateway.process.send_signal(signal.SIGTERM)
+        await until(lambda: "[worker 2]: shutting down" in gateway.output, "nobody stops")
+        gateway.process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(gateway.process.wait, 15 + STOP_SECONDS) == -signal.SIGTERM
+        assert "has not ended in time" in gateway.output
+
+
 def test_the_pause_before_a_replacement() -> None:
     back_off = BackOff()
     assert [back_off.after(1) for _ in range(7)] == [0, 0.5, 1, 2, 4, 8, 10]

@@ -126,7 +126,9 @@ class Breakers:
             self._forget(next(closed, next(iter(self._breakers))))
 
     def _forget(self, key: BreakerKey) -> None:
-        if self._breakers.pop(key).state != "closed":
+        breaker = self._breakers.pop(key)
+        breaker.epoch += 1  # what is under way must not open it where nobody can close it
+        if breaker.state != "closed":
             self._changed(key, "closed")  # as one is of which nothing is known
 
 

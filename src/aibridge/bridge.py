@@ -129,12 +129,13 @@ class RequestBridge:
 
     async def serve(self, client: ClientConnection, actor: Actor | None) -> None:
         """Serve one request of somebody, and refuse one of nobody."""
+        generation = self._current
         try:
             if client.header(b"upgrade").lower() == "websocket":
                 raise _NO_WEBSOCKET
-            await self._current.serve(client, actor)
+            await generation.serve(client, actor)
         except BridgeError as error:
-            await client.refuse(self.kind_of(client.path), error)
+            await client.refuse(generation.kind_of(client.path), error)
         except ClientDisconnected:
             logger.debug("a client left while its request was read")
 

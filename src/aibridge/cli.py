@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from aibridge import __version__
-from aibridge.config import ConfigurationError, Settings, load
+from aibridge.config import DEFAULT_FILE, ConfigurationError, Settings, load
 from aibridge.systemd import UnusableSocket, address_of, handed_over
 
 _config = click.option(
@@ -46,6 +46,8 @@ def serve(config: Path | None, host: str | None, port: int | None, workers: int 
     except UnusableSocket as error:
         raise click.ClickException(str(error)) from None
     given |= address_of(inherited)
+    if config is None and DEFAULT_FILE.is_file():
+        config = DEFAULT_FILE  # where it has gone, a reload must not take that for an empty one
     settings = _load(config, **given)
     from aibridge import process, supervisor  # noqa: PLC0415  the other commands do not need a server
 

@@ -42,6 +42,7 @@ from aibridge.commands import (
     Send,
 )
 from aibridge.errors import (
+    SHUTDOWN,
     BridgeError,
     ClientDisconnected,
     Interrupted,
@@ -57,7 +58,6 @@ from aibridge.wire.base import Request, ResponseFacts, Usage
 from aibridge.wire.observer import ResponseHead
 from aibridge.wire.turns import Answered, Turn
 
-_SHUTDOWN: Final = UpstreamError("The gateway is shutting down.")
 _LIMIT: Final = "The model may not call any more tools in this turn, so the call was not made."
 # The provider may have begun, and bill it: the figures are not known, but it is known that there are some.
 _NOBODY_KNOWS: Final = ResponseFacts(usage=Usage(), completeness="partial")
@@ -102,7 +102,7 @@ def _turns(
         try:
             answers = yield from _answer(turn, refused=last)
         except (ClientDisconnected, Interrupted) as event:
-            merger.failure = _SHUTDOWN
+            merger.failure = SHUTDOWN
             end = End(_status_of(event), merger.status)
             break
         turns.append(Answered(turn, answers.outcomes))
@@ -127,7 +127,7 @@ def _ask(request: Request, sent: Request, merger: Merger) -> Generator[Command, 
         yield Record(_NOBODY_KNOWS if began else ResponseFacts())
         return merger, End("failed", merger.status or error.status, error.message)
     except (ClientDisconnected, Interrupted) as event:
-        merger.failure = _SHUTDOWN
+        merger.failure = SHUTDOWN
         yield Record(_NOBODY_KNOWS)
         return merger, End(_status_of(event), merger.status)
     request = sent
@@ -152,7 +152,7 @@ def _relay(merger: Merger, head: ResponseHead) -> Generator[Command, Any, End]:
     except UpstreamError as error:
         merger.failure = error
     except (ClientDisconnected, Interrupted) as event:
-        merger.failure = _SHUTDOWN
+        merger.failure = SHUTDOWN
         return End(_status_of(event), merger.status)
     if not listening:
         return End("client_disconnected", merger.status)

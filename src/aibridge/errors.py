@@ -124,6 +124,10 @@ class BreakerOpen(UpstreamError):
     status = 503
 
 
+SHUTDOWN: Final = UpstreamError("The gateway is shutting down.")
+"""What clients are told whose responses cannot end in time."""
+
+
 class ClientDisconnected(Exception):
     """The client is gone: an event of the conversation, not an error."""
 

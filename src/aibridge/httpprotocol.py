@@ -34,7 +34,7 @@ from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser, par
 
 from aibridge.asgi import App
 from aibridge.deadlines import Deadlines
-from aibridge.errors import BadRequest, BridgeError, HeadersTooLarge, ProviderKind, RequestTimeout, error_body
+from aibridge.errors import SHUTDOWN, BadRequest, BridgeError, HeadersTooLarge, ProviderKind, RequestTimeout, error_body
 from aibridge.httpexchange import STATUS_LINES, Exchange
 from aibridge.unread import Unread
 
@@ -320,7 +320,7 @@ class HttpProtocol(asyncio.Protocol):
             self._break_off(exchange)
         else:
             exchange.disconnected = True
-            self._say(BridgeError("The gateway failed."), exchange)
+            self._say(SHUTDOWN if self._serving.stopping else BridgeError("The gateway failed."), exchange)
 
     # ---- called by the server ----
 

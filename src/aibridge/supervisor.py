@@ -45,6 +45,7 @@ _SETTLED_SECONDS: Final = 10.0
 _FIRST_DELAY: Final = 0.5
 _PING_SECONDS: Final = 5.0
 _LAST_WORDS_SECONDS: Final = 2.0
+_HURRY_SECONDS: Final = 15.0
 _LAST_DELAY: Final = 10.0  # clients wait for as long, those whose connections are for that worker
 
 
@@ -153,7 +154,7 @@ class _Place:
         self._orders = orders
         self._name = f"worker {number}"
         self.news = asyncio.Event()
-        """Set when there is something new in the configuration."""
+        """Set when the configuration was read anew, until the worker is told."""
         self.began: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when the first worker accepts clients; raises `CannotStart` where it never does."""
 
@@ -176,9 +177,8 @@ class _Place:
 
     async def _fill(self) -> str:
         """The life of one worker. Answers how it ended."""
-        told = self._state()
         ours, theirs = _spawning.Pipe()
-        job = Job(self._number, told, self._group, self._metrics)
+        job = Job(self._number, self._state(), self._group, self._metrics)
         process = _spawning.Process(target=work, args=(job, theirs), name=self._name)
         with ours:
             try:
@@ -186,11 +186,11 @@ class _Place:
                     process.start()
             except OSError as error:  # such as for want of memory
                 return f"cannot be started: {error}"
-            tasks = [asyncio.create_task(_pass_on(self._orders, ours))]
+            tasks = [asyncio.create_task(_pass_on(self._orders, process, ours))]
             try:
                 problem = await self._greeting(process, ours)
                 if problem == READY:
-                    tasks.append(asyncio.create_task(self._attend(process, ours, told)))
+                    tasks.append(asyncio.create_task(self._attend(process, ours)))
                 await _readable(process.sentinel)
             finally:
                 for task in tasks:
@@ -216,16 +216,19 @@ class _Place:
                 self.began.set_result(None)
         return problem
 
-    async def _attend(self, process: SpawnProcess, worker: "Connection[Order, str]", told: Reload) -> None:
+    async def _attend(self, process: SpawnProcess, worker: "Connection[Order, str]") -> None:
         """Tell a worker what is new in the configuration, and see that it answers. One that hangs is ended.
+
+        It is told after each order to reload, whether or not something has changed: it may have failed to take it over.
 
         There is never more than one question without an answer, so that the pipe has room and no worker can block us.
         """
         with suppress(EOFError, OSError):  # it has just died
             while True:
                 patience = self._configuration.settings.server.worker_timeout
-                told, before = self._state(), told
-                worker.send(Ping() if told == before else told)
+                order = self._state() if self.news.is_set() else Ping()
+                self.news.clear()
+                worker.send(order)
                 try:
                     await asyncio.wait_for(_readable(worker.fileno()), patience)
                 except TimeoutError:
@@ -235,10 +238,10 @@ class _Place:
                 worker.recv()
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self.news.wait(), min(_PING_SECONDS, patience / 2))
-                self.news.clear()
 
 
-async def _pass_on(orders: _Orders, worker: "Connection[Order, str]") -> None:
+async def _pass_on(orders: _Orders, process: SpawnProcess, worker: "Connection[Order, str]") -> None:
+    """Pass orders on. A worker that is to hurry and does not, such as one that hangs, is ended."""
     with suppress(OSError):  # it has just died
         await orders.stop.wait()
         worker.send(Drain())
@@ -246,6 +249,9 @@ async def _pass_on(orders: _Orders, worker: "Connection[Order, str]") -> None:
         worker.send(Stop())
         await orders.hurry.wait()
         worker.send(Hurry())
+        await asyncio.sleep(_HURRY_SECONDS)
+        logger.error("process %d has not ended in time", process.pid)
+        await _end(process)
 
 
 async def _end(process: SpawnProcess) -> None:
