@@ -402,6 +402,7 @@ async def test_a_wait_for_another_attempt_ends_at_once(event: Callable[..., Any]
     await running.over()
     assert [one.status for one in stage.recorder.ended] == [status]
     assert len(stage.memory.requests) == 1
+    assert stage.recorder.token_usages == [], "the provider has refused, and bills nothing"
 
 
 async def test_nothing_is_tried_again_for_a_client_that_has_left() -> None:
@@ -426,6 +427,7 @@ async def test_nothing_is_tried_again_for_a_client_that_has_left() -> None:
     await running.over()
     assert len(slow.requests) == 1
     assert [one.status for one in stage.recorder.ended] == ["client_disconnected"]
+    assert stage.recorder.token_usages == []
 
 
 async def test_the_breaker_is_told_of_every_attempt() -> None:

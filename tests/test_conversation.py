@@ -527,6 +527,17 @@ def test_a_client_that_goes_before_the_provider_has_answered() -> None:
     assert talk.is_over()
 
 
+def test_a_client_that_goes_before_a_provider_that_has_refused_is_asked_again() -> None:
+    """Nothing was accepted, so there is nothing to bill, as after any refusal."""
+    talk = Dialogue(messages())
+    left = ClientDisconnected()
+    left.refused = True
+    talk(Send, left)
+    talk(Record(ResponseFacts()))
+    talk(End("client_disconnected"))
+    assert talk.is_over()
+
+
 @pytest.mark.parametrize("result", [True, UNRECORDED])
 def test_a_process_that_stops_before_the_provider_has_answered(result: Any) -> None:
     """The client is still there, and is told."""

@@ -128,7 +128,7 @@ def _ask(request: Request, sent: Request, merger: Merger) -> Generator[Command, 
         return merger, End("failed", merger.status or error.status, error.message)
     except (ClientDisconnected, Interrupted) as event:
         merger.failure = SHUTDOWN
-        yield Record(_NOBODY_KNOWS)
+        yield Record(ResponseFacts() if event.refused else _NOBODY_KNOWS)
         return merger, End(_status_of(event), merger.status)
     request = sent
     if not (head.ok or merger.started):  # an error goes to the client as it is

@@ -128,11 +128,18 @@ SHUTDOWN: Final = UpstreamError("The gateway is shutting down.")
 """What clients are told whose responses cannot end in time."""
 
 
-class ClientDisconnected(Exception):
+class Departure(Exception):
+    """Nobody waits for the response any more: an event of the conversation, not an error."""
+
+    refused = False
+    """The provider has refused the request of this turn, which was to be sent again: there is nothing that it could bill."""
+
+
+class ClientDisconnected(Departure):
     """The client is gone: an event of the conversation, not an error."""
 
 
-class Interrupted(Exception):
+class Interrupted(Departure):
     """The process is shutting down and its grace period is over: an event, not an error."""
 
 

@@ -294,14 +294,18 @@ class _Exchange:
         interception = self._entry.interception
         purpose = Purpose(interception.route, interception.id, interception.model, self._hop)
         sent = self._interceptor.upstream_request(self._client, self._headers, request)
-        self._call = await self._wait(self._interceptor.caller.call(sent, purpose, self._back_off))
+        try:
+            self._call = await self._wait(self._interceptor.caller.call(sent, purpose, self._back_off))
+        except (ClientDisconnected, Interrupted) as event:
+            event.refused = not self._reading  # then it was waiting to ask again
+            raise
         return self._call.response.head
 
     async def _back_off(self, seconds: float) -> None:
         """Wait before the request is sent again. There is nothing to read on for: nothing was accepted."""
+        self._reading = False
         if not self._listening:
             raise ClientDisconnected
-        self._reading = False
         await asyncio.sleep(seconds)
         self._reading = True
         self._entry.attempts += 1
