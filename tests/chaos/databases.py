@@ -216,7 +216,8 @@ async def _after_a_kill(seen: list[Seen], server: Gateway) -> Outcome:
     complete = [one for one in seen if one.complete and one.status == 200]
     missing = sum(found.completed[one.response_id] != 1 for one in complete)
     cut = len(seen) > len(complete)
-    statuses = ", ".join(f"`{status}`" for status in sorted(found.statuses))
+    # Whether the kill met one whose start was durable is chance: that none stays open, and none is anything else, is not.
+    statuses = ", ".join(f"`{status}`" for status in sorted({*found.statuses, "interrupted"}))
     client = "complete until then, then broken off" if cut else "complete"
     return Outcome(client, statuses, f"{missing} complete responses" if missing else NOTHING)
 
