@@ -31,7 +31,7 @@ from .load import (
 from .scenario import NOTHING, Chapter, Impossible, Observed, Outcome, Scale, Scenario
 
 COMPLETED: Final = "`completed`"
-KILLED: Final = "`completed`, `interrupted`"
+KILLED: Final = "each `completed` or `interrupted`"
 
 DELETED: Final = "what was in the file, and nothing that came later"
 DOES_NOT_START: Final = "no answer: the gateway does not start, and says why"
@@ -216,8 +216,9 @@ async def _after_a_kill(seen: list[Seen], server: Gateway) -> Outcome:
     complete = [one for one in seen if one.complete and one.status == 200]
     missing = sum(found.completed[one.response_id] != 1 for one in complete)
     cut = len(seen) > len(complete)
-    # Whether the kill met one whose start was durable is chance: that none stays open, and none is anything else, is not.
-    statuses = ", ".join(f"`{status}`" for status in sorted({*found.statuses, "interrupted"}))
+    # How many it met under way is chance; that none is left open, and none is anything else, is not.
+    ended = set(found.statuses) <= {"completed", "interrupted"}
+    statuses = KILLED if ended else ", ".join(f"`{status}`" for status in sorted(found.statuses))
     client = "complete until then, then broken off" if cut else "complete"
     return Outcome(client, statuses, f"{missing} complete responses" if missing else NOTHING)
 
