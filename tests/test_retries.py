@@ -69,6 +69,8 @@ def test_never_sooner_than_asked_and_never_later_than_bound(
         ("1e3", None),
         ("٣", None),
         ("Wed, 99 Foo 2015 07:28:00 GMT", None),
+        ("Wed, 21 Oct 99999 07:28:00 GMT", None),  # a date that no calendar of the standard library has: ValueError
+        (f"Wed, 21 Oct {'9' * 20} 07:28:00 GMT", None),  # and no C integer: OverflowError
     ],
 )
 def test_the_field(field: str, seconds: float | None) -> None:
