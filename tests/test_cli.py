@@ -171,7 +171,15 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
 def test_a_database_that_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = process("serve", "--port", "0", folder=tmp_path, env={"AIBRIDGE_DATABASE__URL": "sqlite:///file/a.db"})
-    assert done.returncode != 0 and "cannot start" in done.stdout
+    assert done.returncode != 0
+    assert "cannot start: " in done.stdout and "file/a.db-spool" in done.stdout and "Traceback" not in done.stdout
+
+
+def test_a_database_that_is_something_else(tmp_path: Path) -> None:
+    (tmp_path / "aibridge.db").write_bytes(b"no database " * 100)
+    done = process("serve", "--port", "0", folder=tmp_path)
+    assert done.returncode != 0
+    assert "aibridge.db cannot be opened: file is not a database" in done.stdout and "Traceback" not in done.stdout
 
 
 def test_another_address_without_an_authenticator(tmp_path: Path) -> None:

@@ -183,8 +183,7 @@ def test_what_keeps_it_from_starting_is_json_too(tmp_path: Path, workers: str) -
     done = process("serve", "--port", "0", folder=tmp_path, env=env)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 3 and sum("cannot start" in line["message"] for line in lines) == 1
-    if workers == "1":
-        assert "Traceback" in lines[-1]["exception"]
+    assert "Traceback" not in done.stdout
 
 
 async def test_turns_and_tools_are_counted() -> None:

@@ -730,7 +730,7 @@ async def not_started(path: Path, error: type[Exception], text: str) -> AsyncIte
 
 async def test_it_does_not_start_with_a_file_that_is_no_database(path: Path) -> None:
     path.write_bytes(b"not a database " * 100)
-    async with not_started(path, sqlite3.DatabaseError, "not a database") as recorder:
+    async with not_started(path, writer_module.StoreUnavailable, "not a database") as recorder:
         with pytest.raises(RecordingFailed, match="not a database"):
             await recorder.record_interception(start())
         path.unlink()

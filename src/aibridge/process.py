@@ -26,6 +26,7 @@ from aibridge.config import Settings
 from aibridge.httpconnection import bracketed
 from aibridge.httpserver import bound
 from aibridge.logs import logging_to_stderr, set_level
+from aibridge.recording.writer import StoreUnavailable
 from aibridge.reloading import Configuration, Load
 from aibridge.server import Server, http_server
 from aibridge.systemd import Notifier
@@ -42,7 +43,7 @@ _GARBAGE_THRESHOLD: Final = 20_000
 
 
 class CannotStart(Exception):
-    """What the gateway needs is not to be had. It is raised from what is in the way, or says it."""
+    """What the gateway needs is not to be had, and what that is. It is raised from what nobody had foreseen."""
 
 
 class Orders:
@@ -121,14 +122,16 @@ class Service:
             if not await orders.unless_stopped(self._server.__aenter__()):  # MCP servers may take long
                 logger.info("told to stop before the start was complete")
                 return False
+        except (StoreUnavailable, OSError) as error:
+            raise CannotStart(str(error)) from None
         except Exception as error:
-            raise CannotStart from error
+            raise CannotStart(f"{type(error).__name__}: {error}") from error
         _collect_garbage_seldom()
         try:
             await self._http.start(listeners)
         except OSError as error:  # somebody else was faster to listen
             await self._server.__aexit__(None, None, None)
-            raise CannotStart from error
+            raise CannotStart(str(error)) from None
         return True
 
     async def reload(self, settings: Settings) -> None:
@@ -177,7 +180,7 @@ def serve(settings: Settings, load: Load, inherited: Sequence[socket.socket] = (
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 stop = runner.run(_serve(server, configuration, listeners, notifier, shared=bool(inherited)))
         except CannotStart as error:
-            logger.error("the gateway cannot start", exc_info=error.__cause__)  # noqa: TRY400  ours adds nothing
+            logger.error("the gateway cannot start: %s", error, exc_info=error.__cause__)  # noqa: TRY400  ours adds nothing
             raise SystemExit(CANNOT_START) from None
     end_by(stop)
 

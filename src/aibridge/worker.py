@@ -85,7 +85,7 @@ def work(job: Job, supervisor: "Connection[str, Order]") -> None:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(_work(server, job, supervisor))
         except CannotStart as error:
-            supervisor.send(f"{type(error.__cause__).__name__}: {error.__cause__}")
+            supervisor.send(str(error))
             raise SystemExit(CANNOT_START) from None
 
 
@@ -94,7 +94,7 @@ def _make_room(job: Job) -> None:
     try:
         count_in_files(job.metrics, job.number)
     except OSError as error:
-        raise CannotStart from error
+        raise CannotStart(str(error)) from None
 
 
 async def _work(server: Server, job: Job, supervisor: "Connection[str, Order]") -> None:

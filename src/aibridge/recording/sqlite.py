@@ -93,7 +93,7 @@ class SqliteRecorder:
         return self._writer.spool_bytes
 
     async def __aenter__(self) -> Self:
-        """Open the database; close what a dead process left open. Raises OSError, sqlite3.Error or `StoreUnavailable`."""
+        """Open the database; close what a dead process left open. Raises OSError (the spool) or `StoreUnavailable`."""
         await self._writer.start()
         return self
 
@@ -163,8 +163,11 @@ class SqliteStore:
         self._open: dict[str, Interception] = {}
 
     def open(self) -> None:
-        """Connect and migrate. Raises OSError or sqlite3.Error."""
-        self._connect()
+        """Connect and migrate."""
+        try:
+            self._connect()
+        except (sqlite3.Error, OSError) as error:
+            raise StoreUnavailable(f"the database {self._path} cannot be opened: {error}") from error
 
     def write(self, records: Sequence[Record], instance: str) -> Mapping[int, str]:
         """Write all that can be written in one transaction."""

@@ -49,7 +49,7 @@ class Store(Protocol):
     """A database, used from the writer's thread alone."""
 
     def open(self) -> None:
-        """Connect and bring the schema up to date. What it raises stops the recorder from starting.
+        """Connect and bring the schema up to date. What it raises stops the recorder from starting: `StoreUnavailable`.
 
         The spool is acquired by then, so that others know that this process is alive.
         """
@@ -96,7 +96,7 @@ class Writer:
     async def start(self) -> None:
         """Open the store, replay what dead processes left in their spools, close their interceptions.
 
-        Raises what `Store.open` raises, and `StoreUnavailable`.
+        Raises `StoreUnavailable`; OSError where there can be no spool.
         """
         await asyncio.shield(self._ensure_started())
 
