@@ -29,13 +29,12 @@ from tests.support.crowd import MESSAGES, answer, ask, until
 from tests.support.gateway import Gateway, wait_until
 from tests.support.injected import Calls, Says, turn
 from tests.support.injected_dialects import MESSAGES as DIALECT
-from tests.support.injected_servers import name_of, reply, toml
+from tests.support.injected_servers import SUMS, name_of, reply, toml
 from tests.support.provider import Reply, ScriptedProvider, ThreadedProvider
 from tests.support.rawclient import RawClient
 from tests.test_cli import process
 from tests.test_config import SETTINGS
 
-SUMS: Final = [sys.executable, str(Path(__file__).with_name("support") / "sums_server.py")]
 MODELS: Final = "/openai/v1/models"
 OFF_LOOPBACK: Final = {"host": "0.0.0.0"}
 BEHIND_A_PROXY: Final = {"header": "X-User", "trusted_proxies": ["10.0.0.0/8"]}
@@ -252,9 +251,9 @@ async def test_a_worker_that_cannot_take_it_over_says_so(caplog: pytest.LogCaptu
 
     server = Server(settings(), recorder=MemoryRecorder())
     service = Failing(server, settings(), shared=True)
-    await take_over(service, Reload(settings(), ("a note",)))
+    await take_over(service, Reload(1, settings(), ("a note",)))
     assert server.notes == ("a note",) and not caplog.text, "nothing has changed for it"
-    await take_over(service, Reload(settings(limits={"max_body_bytes": 5}), ()))
+    await take_over(service, Reload(2, settings(limits={"max_body_bytes": 5}), ()))
     assert "could not be taken over" in server.notes[0] and "no room" in caplog.text
 
 

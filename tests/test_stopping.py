@@ -24,12 +24,10 @@ from tests.support.crowd import MESSAGES, MESSAGES_STREAM, answer, ask, assert_n
 from tests.support.gateway import SESSION_HEADER, STOP_SECONDS, Gateway, Stage, staged, wait_until
 from tests.support.injected import Calls, Dialect, Says, turn
 from tests.support.injected_dialects import CHAT, MESSAGES as MESSAGES_DIALECT, each_dialect
-from tests.support.injected_servers import reply, results_in, toml
+from tests.support.injected_servers import SUMS, reply, results_in, toml
 from tests.support.provider import Gate, Received, Reply, ThreadedProvider, Wait
 from tests.support.rawclient import RawClient
 from tests.support.sdks import anthropic_client, openai_client
-
-SUMS: Final = [sys.executable, str(Path(__file__).with_name("support") / "sums_server.py")]
 
 
 @contextmanager

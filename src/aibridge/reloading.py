@@ -20,11 +20,14 @@ _OF_SERVER: Final = ("allowed_hosts", "drain_delay", "shutdown_grace", "worker_t
 
 
 class Configuration:
-    """The settings that hold, which can be read anew. `notes` say what an operator should know of the last attempt."""
+    """The settings that hold, which can be read anew."""
 
     def __init__(self, settings: Settings, load: Load) -> None:
         self.settings = settings
         self.notes: tuple[str, ...] = ()
+        """What an operator should know of the last attempt to read them."""
+        self.attempts = 0
+        """How often they were read anew, whatever came of it."""
         self._load = load
 
     async def reload(self, take_over: Callable[[Settings], Awaitable[None]]) -> None:
@@ -33,6 +36,7 @@ class Configuration:
         Does not raise: log and notes say what is wrong.
         """
         when = datetime.now(UTC).isoformat(timespec="seconds")
+        self.attempts += 1
         try:
             settings, fixed = renewed(self.settings, await asyncio.to_thread(self._load))
             await take_over(settings)

@@ -3,7 +3,7 @@
 Theory of operation. The supervisor binds the sockets and keeps them open. So what has connected to a worker that dies
 waits in the kernel for the one that takes its place, and nobody is refused. It holds one end of a pipe to each worker:
 
-    worker -> supervisor    that it accepts clients, or why it cannot; that it has heard
+    worker -> supervisor    that it accepts clients, or why it cannot; that it has heard; that it serves by other settings
     supervisor -> worker    whether it still answers; to serve by other settings; to drain, to stop, to hurry
     end of file             the supervisor has died, however that happened: the worker stops in an orderly way
 
@@ -35,7 +35,7 @@ from aibridge.multiprocess import forget_gauges
 from aibridge.process import CANNOT_START, CannotStart, Orders, bound_or_exit, drained, end_by, obey, prepare, urls
 from aibridge.reloading import Configuration, Load
 from aibridge.systemd import Notifier
-from aibridge.worker import READY, SIGNALS, Drain, Hurry, Job, Order, Ping, Reload, Stop, work
+from aibridge.worker import SIGNALS, Answer, Drain, Hurry, Job, Order, Ping, Reload, Serving, Stop, TakenOver, Unable, work
 
 logger = logging.getLogger(__name__)
 
@@ -129,8 +129,7 @@ class _Supervisor:
             set_level(settings.log.level)
 
         await self._configuration.reload(take_over)
-        for place in self._places:
-            place.news.set()
+        await asyncio.gather(*(place.renewed() for place in self._places))
 
     def _close(self) -> None:
         """Who connects from now on is refused, as soon as the workers have closed the sockets, too."""
@@ -153,10 +152,21 @@ class _Place:
         self._configuration = configuration
         self._orders = orders
         self._name = f"worker {number}"
-        self.news = asyncio.Event()
+        self._news = asyncio.Event()
         """Set when the configuration was read anew, until the worker is told."""
+        self._up_to_date = asyncio.Event()
+        """Set when the worker serves by it."""
         self.began: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when the first worker accepts clients; raises `CannotStart` where it never does."""
+
+    async def renewed(self) -> None:
+        """Have the worker serve by the configuration that was read anew, and wait until it does; not for one that hangs."""
+        self._up_to_date.clear()
+        self._news.set()
+        try:
+            await asyncio.wait_for(self._up_to_date.wait(), self._configuration.settings.server.worker_timeout)
+        except TimeoutError:
+            logger.warning("%s has not taken over the configuration yet", self._name)
 
     async def keep(self) -> None:
         """Keep a worker here until there is the order to stop."""
@@ -178,7 +188,8 @@ class _Place:
     async def _fill(self) -> str:
         """The life of one worker. Answers how it ended."""
         ours, theirs = _spawning.Pipe()
-        job = Job(self._number, self._state(), self._group, self._metrics)
+        told = self._told()
+        job = Job(self._number, told, self._group, self._metrics)
         process = _spawning.Process(target=work, args=(job, theirs), name=self._name)
         with ours:
             try:
@@ -188,8 +199,9 @@ class _Place:
                 return f"cannot be started: {error}"
             tasks = [asyncio.create_task(_pass_on(self._orders, process, ours))]
             try:
-                problem = await self._greeting(process, ours)
-                if problem == READY:
+                greeting = await self._greeting(process, ours)
+                if greeting == Serving():
+                    self._serves_by(told.number)
                     tasks.append(asyncio.create_task(self._attend(process, ours)))
                 await _readable(process.sentinel)
             finally:
@@ -198,49 +210,76 @@ class _Place:
                 await asyncio.wait(tasks)
         process.join()
         forget_gauges(self._metrics, self._number)
-        return _ended(process, problem)
+        return _ended(process, greeting)
 
-    def _state(self) -> Reload:
-        return Reload(self._configuration.settings, self._configuration.notes)
+    def _told(self) -> Reload:
+        return Reload(self._configuration.attempts, self._configuration.settings, self._configuration.notes)
 
-    async def _greeting(self, process: SpawnProcess, worker: "Connection[Order, str]") -> str | None:
-        """Wait until the worker accepts clients. Answers why it does not; None where it has just died."""
+    def _serves_by(self, number: int) -> None:
+        if number == self._configuration.attempts:
+            self._up_to_date.set()
+
+    async def _greeting(self, process: SpawnProcess, worker: "Connection[Order, Answer]") -> Answer | None:
+        """Wait until the worker accepts clients, or says why it does not. None where it has just died."""
         await _readable(worker.fileno())
         try:
-            problem = worker.recv()
+            greeting = worker.recv()
         except (EOFError, OSError):
             return None
-        if problem == READY:
+        if greeting == Serving():
             logger.info("%s is ready (process %d)", self._name, process.pid)
             if not self.began.done():
                 self.began.set_result(None)
-        return problem
+        return greeting
 
-    async def _attend(self, process: SpawnProcess, worker: "Connection[Order, str]") -> None:
+    async def _attend(self, process: SpawnProcess, worker: "Connection[Order, Answer]") -> None:
         """Tell a worker what is new in the configuration, and see that it answers. One that hangs is ended.
 
         It is told after each order to reload, whether or not something has changed: it may have failed to take it over.
 
         There is never more than one question without an answer, so that the pipe has room and no worker can block us.
         """
-        with suppress(EOFError, OSError):  # it has just died
+        answered = asyncio.Event()
+        with self._listening(worker, answered), suppress(OSError):  # it has just died
             while True:
                 patience = self._configuration.settings.server.worker_timeout
-                order = self._state() if self.news.is_set() else Ping()
-                self.news.clear()
+                order = self._told() if self._news.is_set() else Ping()
+                self._news.clear()
+                answered.clear()
                 worker.send(order)
                 try:
-                    await asyncio.wait_for(_readable(worker.fileno()), patience)
+                    await asyncio.wait_for(answered.wait(), patience)
                 except TimeoutError:
                     logger.error("%s has not answered for %g seconds, it hangs", self._name, patience)  # noqa: TRY400  nothing to add
                     await _end(process)
                     return
-                worker.recv()
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self.news.wait(), min(_PING_SECONDS, patience / 2))
+                    await asyncio.wait_for(self._news.wait(), min(_PING_SECONDS, patience / 2))
+
+    @contextmanager
+    def _listening(self, worker: "Connection[Order, Answer]", answered: asyncio.Event) -> Iterator[None]:
+        loop, file = asyncio.get_running_loop(), worker.fileno()
+
+        def listen() -> None:
+            try:
+                answer = worker.recv()
+            except (EOFError, OSError):  # it has just died
+                loop.remove_reader(file)
+                return
+            match answer:
+                case TakenOver(number):
+                    self._serves_by(number)
+                case _:
+                    answered.set()
+
+        loop.add_reader(file, listen)
+        try:
+            yield
+        finally:
+            loop.remove_reader(file)
 
 
-async def _pass_on(orders: _Orders, process: SpawnProcess, worker: "Connection[Order, str]") -> None:
+async def _pass_on(orders: _Orders, process: SpawnProcess, worker: "Connection[Order, Answer]") -> None:
     """Pass orders on. A worker that is to hurry and does not, such as one that hangs, is ended."""
     with suppress(OSError):  # it has just died
         await orders.stop.wait()
@@ -276,10 +315,10 @@ class BackOff:
         return delay
 
 
-def _ended(process: SpawnProcess, problem: str | None) -> str:
+def _ended(process: SpawnProcess, greeting: Answer | None) -> str:
     code = process.exitcode or 0
     how = f"(process {process.pid}) ended " + (f"by signal {-code}" if code < 0 else f"with status {code}")
-    return f"{how}: {problem}" if problem else how
+    return f"{how}: {greeting.why}" if isinstance(greeting, Unable) else how
 
 
 async def _readable(file: int) -> None:

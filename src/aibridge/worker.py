@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -49,8 +49,9 @@ class Ping:
 
 @dataclass(frozen=True, slots=True)
 class Reload:
-    """An order to serve by these settings from now on, and to have ``/readyz`` say the notes."""
+    """An order to serve by these settings from now on, and to have ``/readyz`` say the notes. Orders are numbered."""
 
+    number: int
     settings: Settings
     notes: tuple[str, ...]
 
@@ -58,10 +59,28 @@ class Reload:
 Order: TypeAlias = Drain | Stop | Hurry | Ping | Reload
 """What the supervisor tells a worker."""
 
-READY: Final = ""
-"""What a worker sends when it accepts clients, and whenever it is told something after that, for the supervisor to see that
-its event loop runs. Anything else is why it cannot start.
-"""
+
+@dataclass(frozen=True, slots=True)
+class Unable:
+    """An answer: it cannot start, and why."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """An answer: it accepts clients, and its event loop runs. It is sent at the start, and for each `Ping` and `Reload`."""
+
+
+@dataclass(frozen=True, slots=True)
+class TakenOver:
+    """An answer: it serves by the settings of the `Reload` of that number, or by the old ones and has said why."""
+
+    number: int
+
+
+Answer: TypeAlias = Unable | Serving | TakenOver
+"""What a worker tells its supervisor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +93,7 @@ class Job:
     metrics: Path
 
 
-def work(job: Job, supervisor: "Connection[str, Order]") -> None:
+def work(job: Job, supervisor: "Connection[Answer, Order]") -> None:
     """Serve until the supervisor says to stop, or has gone. Raises SystemExit where that cannot begin."""
     prepare()
     settings = job.told.settings
@@ -85,7 +104,7 @@ def work(job: Job, supervisor: "Connection[str, Order]") -> None:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(_work(server, job, supervisor))
         except CannotStart as error:
-            supervisor.send(str(error))
+            supervisor.send(Unable(str(error)))
             raise SystemExit(CANNOT_START) from None
 
 
@@ -97,14 +116,21 @@ def _make_room(job: Job) -> None:
         raise CannotStart(str(error)) from None
 
 
-async def _work(server: Server, job: Job, supervisor: "Connection[str, Order]") -> None:
+async def _work(server: Server, job: Job, supervisor: "Connection[Answer, Order]") -> None:
     service = Service(server, job.told.settings, shared=True)
     service.note(job.told.notes)
     orders = _Told(supervisor, job.told, service.drain)
+
+    async def reload() -> None:
+        told = orders.told
+        await take_over(service, told)
+        with suppress(OSError):  # the supervisor has gone
+            supervisor.send(TakenOver(told.number))
+
     with _listening_to_signals(orders):
         if await service.start(job.listeners, orders):
-            supervisor.send(READY)
-            await obey(orders, Notifier(), "", lambda: take_over(service, orders.told))
+            supervisor.send(Serving())
+            await obey(orders, Notifier(), "", reload)
             await service.stop(orders.hurry)
 
 
@@ -123,7 +149,7 @@ async def take_over(service: Service, told: Reload) -> None:
 class _Told(Orders):
     """The supervisor's orders. `drain` is called when it says so."""
 
-    def __init__(self, supervisor: "Connection[str, Order]", told: Reload, drain: Callable[[], None]) -> None:
+    def __init__(self, supervisor: "Connection[Answer, Order]", told: Reload, drain: Callable[[], None]) -> None:
         super().__init__()
         self.told = told
         self._drain = drain
@@ -134,7 +160,7 @@ class _Told(Orders):
         try:
             order = self._supervisor.recv()
             if isinstance(order, Ping | Reload):
-                self._supervisor.send(READY)
+                self._supervisor.send(Serving())
         except (EOFError, OSError):
             logger.error("the supervisor has gone")  # noqa: TRY400  that is what the end of the file says
             asyncio.get_running_loop().remove_reader(self._supervisor.fileno())

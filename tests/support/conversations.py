@@ -13,23 +13,22 @@ The protocols' own parts are in the modules beside this one: ``conversations_mes
 
 import json
 import re
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, pairwise
-from pathlib import Path
 from typing import Any, Final
 
 import httpx2
 
 from .facts import Json
+from .injected_servers import SUMS
 from .provider import Received, Reply, at_random
 from .sdks import NO_CERTIFICATES
 
 TOML: Final = f"""
 [mcp.servers.sums]
-command = {json.dumps([sys.executable, str(Path(__file__).with_name("sums_server.py"))])}
+command = {json.dumps(SUMS)}
 
 [providers.stateful]
 kind = "openai"

@@ -8,10 +8,12 @@
 import asyncio
 import json
 import re
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from .gateway import Rows, Scene, Stage
@@ -22,6 +24,9 @@ from .sdks import anthropic_client, openai_client
 DONE: Final = "I am done."
 PATIENCE: Final = 20.0
 """Seconds within which a client has its response in any case: no clock of ours is that slow."""
+
+SUMS: Final = [sys.executable, str(Path(__file__).with_name("sums_server.py"))]
+"""The command of a server that does sums."""
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
