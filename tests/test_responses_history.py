@@ -280,6 +280,28 @@ def test_a_call_that_the_client_edits() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("said", "replayed", "is_same"),
+    [
+        ('{"a": 1e2}', '{"a":100.0}', True),
+        ('{"a": 1e2}', '{"a":101.0}', False),
+        ('{"a": ', '{"a": ', True),  # a model's arguments need not be JSON; nobody can write them anew then
+        ('{"a": ', '{"a":', False),
+        ("[" * 5000, "[" * 5000, True),
+    ],
+    ids=["written anew", "edited", "broken off", "broken off and edited", "too deep"],
+)
+def test_a_call_that_the_client_does_not_edit(said: str, replayed: str, is_same: bool) -> None:
+    """Goes back in the provider's words, with what the client has dropped."""
+    bridge = Bridge()
+    out = bridge.ask(body(user("x")), Reply("resp_1", [call("fc_1_abcdef01", "shell", said), ours("fc_2_abcdef01")]))
+    (made,) = output_of(understood(out))
+    made |= {"arguments": replayed}
+    del made["status"]
+    sent = restored(user("x"), made, result("call_fc_1_abcdef01"), bridge=bridge)
+    assert sent[1] == (call("fc_1_abcdef01", "shell", said) if is_same else made)
+
+
 def test_pieces_that_come_twice() -> None:
     bridge, history = hiding()
     sent = restored(*history, *history[1:], bridge=bridge)
