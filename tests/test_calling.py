@@ -317,6 +317,27 @@ async def test_a_bridge_that_is_reconfigured_keeps_its_breakers() -> None:
     assert len(stage.memory.requests) == 2
 
 
+async def test_a_request_of_an_earlier_configuration_leaves_no_breaker_behind() -> None:
+    """One that is taken away while a request waits to be sent again, which asks for leave by the old rules."""
+    waiting, go_on = Gate(), Gate()
+
+    class Waits(MemoryUpstream):
+        async def send(self, request: UpstreamRequest) -> UpstreamResponse:
+            waiting.set()
+            await go_on.wait()
+            return await super().send(request)
+
+    stage = Stage(upstream=Waits(lambda _: response(503)), breaker=QUICK, retries=AT_ONCE)
+    asking = stage.begin()
+    await waiting.wait()
+    await stage.bridge.reconfigure([Provider.anthropic()], injection=None, limits=Limits())
+    go_on.set()
+    assert (await asking.over()).status == 503
+    async with asyncio.timeout(WAIT_SECONDS):  # the generation is closed behind the response
+        while [event.state for event in stage.told(BreakerChanged)] != ["open", "closed"]:
+            await asyncio.sleep(0)
+
+
 # ---- retries ----
 
 

@@ -544,7 +544,7 @@ def test_a_process_that_stops_before_the_provider_has_answered(result: Any) -> N
     talk = Dialogue(messages())
     talk(Send, Interrupted())
     talk(Record(ResponseFacts(usage=Usage(), completeness="partial")))
-    talk(End("interrupted"), result)
+    talk(End("interrupted", 502), result)
     status, message = (502, DOWN) if result is True else (503, UNRECORDED.message)
     assert talk(Respond).status == status
     talk(Relay(error_body("anthropic", status, message)))

@@ -219,7 +219,7 @@ def test_a_second_request_that_gets_no_answer_where_nothing_was_said() -> None:
     told(Send, UpstreamError("no route"))
     told(Record)
     told(Remember)
-    assert told.ends("failed").error == "no route"
+    assert told.ends("failed") == End("failed", 502, "no route")
     assert told(Respond).status == 502
     assert told(Relay).data == error_body("anthropic", 502, "no route")
     assert told.is_over()
@@ -282,7 +282,7 @@ def test_a_second_body_that_breaks_off() -> None:
     told(Receive, UpstreamError("broke off"))
     told(Record)
     told(Remember)
-    told.ends("failed")
+    assert told.ends("failed").http_status == 502
     assert told(Respond).status == 502
 
 

@@ -108,6 +108,7 @@ class RequestBridge:
                     await generation.close()
                 except Exception:
                     logger.exception("what an earlier configuration needed could not be closed")
+                self._common.breakers.keep(self._current.guarded)  # its last requests may have made some anew
 
     async def _close_generations(self) -> None:
         async with self._changing, AsyncExitStack() as closing:

@@ -71,6 +71,8 @@ def converse(request: Request, loop: Loop | None = None) -> Conversation:
     if loop is not None and turns:
         with suppress(ClientDisconnected, Interrupted):  # it is being kept, whoever waits
             yield Remember(request.format.turns.memory(loop.draft, loop.toolset, turns), loop.toolset)
+    if merger.failure is not None and not merger.started and end.status != "client_disconnected":
+        end = msgspec.structs.replace(end, http_status=merger.failure.status)  # which is what the client gets
     merger.failure = (yield from _end(end)) or merger.failure
     if end.status == "client_disconnected":
         return
@@ -125,7 +127,7 @@ def _ask(request: Request, sent: Request, merger: Merger) -> Generator[Command, 
         merger.failure = error
         began = isinstance(error, UpstreamTimeout) and not isinstance(error, Unreachable)
         yield Record(_NOBODY_KNOWS if began else ResponseFacts())
-        return merger, End("failed", merger.status or error.status, error.message)
+        return merger, End("failed", merger.status, error.message)
     except (ClientDisconnected, Interrupted) as event:
         merger.failure = SHUTDOWN
         yield Record(ResponseFacts() if event.refused else _NOBODY_KNOWS)

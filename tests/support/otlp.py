@@ -72,6 +72,8 @@ class Receiver:
                 receiver.take(self.path, {name.lower(): value for name, value in self.headers.items()}, body)
                 self.send_response(receiver.status)
                 self.send_header("content-length", "0")
+                if receiver.status in range(300, 400):
+                    self.send_header("location", "/elsewhere")
                 self.end_headers()
 
             def log_message(self, format: str, *args: Any) -> None:
