@@ -111,7 +111,7 @@ async def test_a_call_is_told_from_beginning_to_end() -> None:
     kinds = [type(event) for event in stage.events if not isinstance(event, PassedThrough)]
     assert [kind.__name__ for kind in kinds] == [
         *("Interception", "CallBegan", "CallAnswered", "PromptUsage", "TokenUsage", "CallEnded"),
-        *("InterceptionEnded", "Committed"),
+        *("Committed", "InterceptionEnded"),
     ]
     (identity,) = [event.id for event in stage.told(Interception)]
     (began,) = stage.told(CallBegan)
@@ -542,7 +542,7 @@ async def test_trace_context_is_carried_through() -> None:
     assert tracer.journal[3] == ("outgoing", identity)
     assert tracer.journal.count(("outgoing", identity)) == 2, "for each attempt"
     assert [dict(request.headers)[b"traceparent"] for request in stage.memory.requests] == [b"ours", b"ours"]
-    assert tracer.journal[-1] == "Committed"
+    assert tracer.journal[-2:] == ["Committed", "InterceptionEnded"]
 
 
 async def test_a_start_that_fails_leaves_no_trace() -> None:

@@ -163,7 +163,7 @@ def kinds(records: Iterable[object]) -> list[type]:
 
 WHOLE = [Interception, PromptUsage, TokenUsage, ToolUsage, ToolUsage, ModelThought, ModelThought, InterceptionEnded]
 WITHOUT_THOUGHTS = [kind for kind in WHOLE if kind is not ModelThought]
-TOLD = [*WHOLE, Committed]  # when all of it is durable
+TOLD = [*WHOLE[:-1], Committed, InterceptionEnded]  # when all of it is durable
 
 # ---- facts to records ----
 
@@ -279,11 +279,8 @@ async def test_recorder_and_observers_see_the_same() -> None:
     await carried_through(entry(recorder, events))
     assert kinds(events) == TOLD
     assert kinds(recorder.records) == WITHOUT_THOUGHTS  # it has no method for them
-    assert all(mine is theirs for mine, theirs in zip(recorder.records, without_thoughts(events[:-1]), strict=True))
-
-
-def without_thoughts(events: Iterable[Event]) -> list[Event]:
-    return [event for event in events if not isinstance(event, ModelThought)]
+    theirs = [event for event in events if not isinstance(event, ModelThought | Committed)]
+    assert all(mine is other for mine, other in zip(recorder.records, theirs, strict=True))
 
 
 async def test_a_recorder_gets_one_record_of_an_interception_at_a_time() -> None:
@@ -347,6 +344,21 @@ async def test_a_start_that_cannot_be_recorded_is_refused_and_never_took_place()
     assert events == [RecordLost("i", "Interception")]
 
 
+class Full(OwnRecorder):
+    failing = True
+
+
+async def test_nothing_begins_while_records_are_lost() -> None:
+    """The start alone might find room, and the provider would be asked, and paid, for a response that nobody gets."""
+    events: list[Event] = []
+    recorder = Full()
+    with pytest.raises(RecordingFailed, match="not served"):
+        await entry(recorder, events).start()
+    assert recorder.records == events == []
+    await carried_through(entry(recorder, events, "continue"))
+    assert kinds(events) == TOLD
+
+
 async def test_carrying_on_counts_what_is_lost() -> None:
     events: list[Event] = []
     recorder = Failing(Interception, TokenUsage)
@@ -366,6 +378,9 @@ async def test_an_end_is_refused_when_any_record_was_lost_and_the_others_are_kep
         await carried_through(entry(recorder, events))
     assert kinds(recorder.records) == [Interception, TokenUsage, ToolUsage, ToolUsage, InterceptionEnded]
     assert [event for event in events if isinstance(event, RecordLost)] == [RecordLost("i", "PromptUsage")]
+    ended = events[-1]
+    assert isinstance(ended, InterceptionEnded) and ended.status == "failed", "for its client it has"
+    assert "cannot be recorded" in (ended.error or "") and Committed not in kinds(events)
 
 
 async def test_a_recorder_that_fails_at_once_has_lost_the_record() -> None:
@@ -434,10 +449,12 @@ async def test_a_cancelled_end_loses_nothing(make: Callable[[], Gated | Promisin
     open_gate(recorder)
     await until(lambda: bool(events))
     close_gate(recorder)
-    await until(lambda: InterceptionEnded in kinds(events))
+    await until(lambda: PromptUsage in kinds(events))
+    assert InterceptionEnded not in kinds(events), "it has not, as long as that is not durable"
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    assert kinds(events) == WHOLE, "it is told all the same"
     del this, task
     open_gate(recorder)
     await until(lambda: kinds(recorder.records) == WITHOUT_THOUGHTS)
@@ -472,8 +489,8 @@ async def test_a_cancelled_start_is_closed_as_interrupted(make: Callable[[], Gat
     assert events == []
     open_gate(recorder)
     await until(lambda: kinds(recorder.records) == [Interception, InterceptionEnded])
-    await until(lambda: kinds(events) == [Interception, InterceptionEnded])
-    end = events[1]
+    await until(lambda: kinds(events) == [Interception, Committed, InterceptionEnded])
+    end = events[-1]
     assert isinstance(end, InterceptionEnded) and (end.interception_id, end.status) == ("i", "interrupted")
 
 

@@ -173,5 +173,5 @@ async def test_observers_need_not_know_which_it_is(subject: Subject) -> None:
     events: list[Event] = []
     await carried_through(Entry(Ledger(subject.recorder, [events.append]), start(), RequestFacts(prompt="?")), ANSWERED)
     assert [type(event).__name__ for event in events if not isinstance(event, RecordsWritten)] == [
-        *("Interception", "PromptUsage", "TokenUsage", "ToolUsage", "ModelThought", "InterceptionEnded", "Committed")
+        *("Interception", "PromptUsage", "TokenUsage", "ToolUsage", "ModelThought", "Committed", "InterceptionEnded")
     ]

@@ -10,6 +10,7 @@ import fcntl
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -122,6 +123,28 @@ def test_an_append_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     assert (the_file(tmp_path).stat().st_size == before) is truncates
     spool.append([start("b")])
     assert waiting(spool) == [start("a"), start("b")]
+
+
+def test_a_disk_that_has_room_for_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That what is small still fits does not mean that the next large record will."""
+    write, room = os.pwrite, 1000
+
+    def full(file: int, data: memoryview, offset: int) -> int:
+        if len(data) > room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(file, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=room // 10, f_frsize=10))
+    spool = opened(tmp_path)
+    assert not spool.is_short_of_room
+    with pytest.raises(OSError, match="No space left"):
+        spool.append([start("x" * 5000)])
+    assert spool.append([start("b")]) == {}
+    assert spool.is_short_of_room
+    room = 10_000
+    assert not spool.is_short_of_room
+    assert spool.append([start("x" * 5000)]) == {}
 
 
 def test_a_line_that_a_crash_cut_off_was_never_promised(tmp_path: Path) -> None:

@@ -614,7 +614,7 @@ async def test_a_start_closes_what_a_dead_process_left_open_and_nothing_else(pat
         async with SqliteRecorder(path):
             assert statuses(path) == {"living": "in_progress", "dead": "interrupted"}
             found = rows(path, "interceptions")[1]
-            assert found["error"] == "the process ended before the response"
+            assert found["error"] == "the process ended before this was recorded"
             assert before <= datetime.fromisoformat(found["ended_at"]) <= datetime.now(UTC)
             assert found["instance"] == dead
             assert [file.stem for file in spool_files(path)].count(dead) == 0

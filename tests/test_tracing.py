@@ -104,8 +104,8 @@ def complete(**fields: Any) -> list[Event]:
         answered(),
         prompt(prompt=SECRET),
         usage(metadata={"stop_reason": "end_turn"}),
-        ended(http_status=200),
         COMMITTED,
+        ended(http_status=200),
         CALL_ENDED,
     ]
 
@@ -135,7 +135,7 @@ def test_an_interception() -> None:
     assert root.parent is None
     assert root.start_time is not None and abs(root.start_time - now.timestamp() * 1e9) < 2000
     assert root.instrumentation_scope is not None and root.instrumentation_scope.name == "aibridge"
-    assert drawing.traces._open == drawing.traces._ending == {}, "nothing is kept of what is over"
+    assert drawing.traces._open == {}, "nothing is kept of what is over"
 
 
 def test_the_request_to_the_provider() -> None:
@@ -151,8 +151,8 @@ def test_the_request_to_the_provider() -> None:
             cache_write_input_tokens=20,
             metadata={"model": "claude-opus-5-5-20261001", "stop_reason": "end_turn"},
         ),
-        ended(),
         COMMITTED,
+        ended(),
         CALL_ENDED,
     )
     call = drawing.call
@@ -184,7 +184,7 @@ def test_the_request_to_the_provider() -> None:
 
 def test_what_was_not_reported_is_not_said() -> None:
     drawing = Drawing().tell(
-        start(model=None, streaming=False), began(model=None), answered(), usage(), ended(), COMMITTED, CALL_ENDED
+        start(model=None, streaming=False), began(model=None), answered(), usage(), COMMITTED, ended(), CALL_ENDED
     )
     assert drawing.call.name == "chat"
     assert not [name for name in attributes(drawing.call) if "usage." in name and name != "aibridge.usage.completeness"]
@@ -208,7 +208,7 @@ def test_openai_has_two_interfaces(route: str, api: str) -> None:
     ],
 )
 def test_where_the_provider_is(url: str, server: tuple[str, int]) -> None:
-    drawing = Drawing().tell(start(), began(url=url), answered(), ended(), COMMITTED, CALL_ENDED)
+    drawing = Drawing().tell(start(), began(url=url), answered(), COMMITTED, ended(), CALL_ENDED)
     assert (attributes(drawing.call)["server.address"], attributes(drawing.call)["server.port"]) == server
 
 
@@ -216,7 +216,7 @@ def test_the_time_to_the_first_chunk() -> None:
     """ "Measured from when the client issues the generation request to when the first chunk is received", in seconds."""
     drawing = Drawing()
     drawing.tell(start(started_at=datetime.now(UTC) - timedelta(seconds=10)), began(), answered())
-    drawing.tell(ended(time_to_first_byte_ms=10_500), COMMITTED, CALL_ENDED)
+    drawing.tell(COMMITTED, ended(time_to_first_byte_ms=10_500), CALL_ENDED)
     first = attributes(drawing.call)["gen_ai.response.time_to_first_chunk"]
     assert 0 < first <= 0.51, "0.5 s after the request, less what the test has taken since"
 
@@ -254,8 +254,8 @@ def test_a_conversation_with_a_tool() -> None:
         answered(),
         usage("u2", provider_response_id="msg_2", metadata={"stop_reason": "end_turn"}),
         CALL_ENDED,
-        ended(),
         COMMITTED,
+        ended(),
     )
     first, second = drawing.named("chat claude-opus-5-5")
     assert [attributes(call)["gen_ai.response.id"] for call in (first, second)] == ["msg_1", "msg_2"]
@@ -301,8 +301,8 @@ def test_attempts() -> None:
         began(attempt=3),
         answered(),
         usage(metadata={"stop_reason": "end_turn"}),
-        ended(http_status=200),
         COMMITTED,
+        ended(http_status=200),
         CALL_ENDED,
     )
     calls = drawing.named("chat claude-opus-5-5")
@@ -319,7 +319,7 @@ def test_attempts() -> None:
 def test_a_request_that_the_provider_refuses() -> None:
     """HTTP: 4xx is an error to a client's span, and "MUST be left unset" on a server's."""
     drawing = Drawing().tell(start(), began(), answered(429), usage())
-    drawing.tell(ended(status="failed", http_status=429, error=f"rate_limit_error: {SECRET}"), COMMITTED, CALL_ENDED)
+    drawing.tell(COMMITTED, ended(status="failed", http_status=429, error=f"rate_limit_error: {SECRET}"), CALL_ENDED)
     assert (drawing.call.status.status_code, attributes(drawing.call)["error.type"]) == (StatusCode.ERROR, "429")
     assert drawing.root.status.status_code is StatusCode.UNSET
     assert attributes(drawing.root)["aibridge.status"] == "failed" and "error.type" not in attributes(drawing.root)
@@ -327,7 +327,7 @@ def test_a_request_that_the_provider_refuses() -> None:
 
 def test_a_provider_that_fails() -> None:
     drawing = Drawing().tell(start(), began(), answered(529), usage())
-    drawing.tell(ended(status="failed", http_status=529, error="overloaded_error: "), COMMITTED, CALL_ENDED)
+    drawing.tell(COMMITTED, ended(status="failed", http_status=529, error="overloaded_error: "), CALL_ENDED)
     for span in (drawing.call, drawing.root):
         assert (span.status.status_code, attributes(span)["error.type"]) == (StatusCode.ERROR, "529")
 
@@ -344,7 +344,7 @@ def test_a_provider_that_fails() -> None:
 def test_a_response_without_an_end(error: str | None, kind: str) -> None:
     """[18] "If a finish reason was expected but not received ... instrumentations SHOULD report `error`"."""
     drawing = Drawing().tell(start(), began(), answered(), CALL_ENDED, usage(completeness="partial", output_tokens=3))
-    drawing.tell(ended(status="failed", http_status=200, error=error), COMMITTED)
+    drawing.tell(COMMITTED, ended(status="failed", http_status=200, error=error))
     for span in (drawing.call, drawing.root):
         assert (span.status.status_code, span.status.description) == (StatusCode.ERROR, None)
         assert attributes(span)["error.type"] == kind
@@ -354,14 +354,14 @@ def test_a_response_without_an_end(error: str | None, kind: str) -> None:
 
 def test_the_words_of_errors_are_content() -> None:
     words = f"overloaded_error: {SECRET}"
-    drawing = Drawing(content=True).tell(start(), began(), answered(), ended(status="failed", http_status=200, error=words))
-    drawing.tell(COMMITTED, CALL_ENDED)
+    drawing = Drawing(content=True).tell(start(), began(), answered())
+    drawing.tell(COMMITTED, ended(status="failed", http_status=200, error=words), CALL_ENDED)
     assert (drawing.call.status.description, drawing.root.status.description) == (words, words)
 
 
 def test_no_response() -> None:
     drawing = Drawing().tell(start(), began(), answered(None, "The provider cannot be reached."), CALL_ENDED)
-    drawing.tell(ended(status="failed", http_status=502, error="The provider cannot be reached."), COMMITTED)
+    drawing.tell(COMMITTED, ended(status="failed", http_status=502, error="The provider cannot be reached."))
     assert attributes(drawing.call)["error.type"] == "no_response"
     assert drawing.call.status.description == "The provider cannot be reached."
     assert attributes(drawing.root)["error.type"] == "502" and drawing.root.status.status_code is StatusCode.ERROR
@@ -370,15 +370,15 @@ def test_no_response() -> None:
 @pytest.mark.parametrize("head", [[answered()], []])
 def test_a_client_that_leaves(head: list[Event]) -> None:
     """It is no error of the server's, as 499 is none, nor of the provider's; but what is missing is named."""
-    drawing = Drawing().tell(start(), began(), *head, usage(completeness="partial"), ended(status="client_disconnected"))
-    drawing.tell(COMMITTED, CALL_ENDED)
+    drawing = Drawing().tell(start(), began(), *head, usage(completeness="partial"))
+    drawing.tell(COMMITTED, ended(status="client_disconnected"), CALL_ENDED)
     for span in (drawing.call, drawing.root):
         assert (span.status.status_code, attributes(span)["error.type"]) == (StatusCode.UNSET, "client_disconnected")
     assert attributes(drawing.root)["aibridge.status"] == "client_disconnected"
 
 
 def test_an_interrupted_one() -> None:
-    drawing = Drawing().tell(start(), began(), answered(), ended(status="interrupted"), COMMITTED, CALL_ENDED)
+    drawing = Drawing().tell(start(), began(), answered(), COMMITTED, ended(status="interrupted"), CALL_ENDED)
     for span in (drawing.call, drawing.root):
         assert (span.status.status_code, attributes(span)["error.type"]) == (StatusCode.ERROR, "interrupted")
 
@@ -387,14 +387,14 @@ def test_a_response_that_was_whole_has_not_failed() -> None:
     """The client leaves while tools run: the request before that is none of it. Nor is it of a breaker that then opens."""
     for outcome in (ended(status="client_disconnected"), ended(status="failed", http_status=503)):
         drawing = Drawing().tell(start(), began(), answered(), usage(metadata={"stop_reason": "tool_use"}), CALL_ENDED)
-        drawing.tell(outcome, COMMITTED)
+        drawing.tell(COMMITTED, outcome)
         assert "error.type" not in attributes(drawing.call)
         assert attributes(drawing.call)["gen_ai.response.finish_reasons"] == ("tool_use",)
 
 
 def test_no_request_was_made() -> None:
     """A breaker is open. What belongs to a request has no place then."""
-    events: list[Event] = [start(), prompt(), thought(), usage(), tool(), ended(status="failed", http_status=503), COMMITTED]
+    events: list[Event] = [start(), prompt(), thought(), usage(), tool(), COMMITTED, ended(status="failed", http_status=503)]
     drawing = Drawing(content=True).tell(*events)
     assert [span.name for span in drawing.spans] == ["commit", "POST /main/v1/messages"]
 
@@ -412,8 +412,8 @@ def with_content(drawing: Drawing) -> Drawing:
         tool(tool="Read", input=f'{{"path": "{SECRET}"}}', tool_call_id="toolu_1"),
         thought(content=f"{SECRET} thought"),
         tool(tool="look", injected=True, input=f'{{"for": "{SECRET}"}}', metadata={"server": "w", "duration_ms": 1.0}),
-        ended(),
         COMMITTED,
+        ended(),
         CALL_ENDED,
     )
 
@@ -448,7 +448,7 @@ def test_content_is_bounded() -> None:
     drawing = Drawing(content=True).tell(start(), began(), answered(), prompt(prompt=long))
     for _ in range(100):
         drawing.tell(tool(input=long), thought(content=long))
-    drawing.tell(ended(), COMMITTED, CALL_ENDED)
+    drawing.tell(COMMITTED, ended(), CALL_ENDED)
     assert len(attributes(drawing.call)["gen_ai.input.messages"]) < 20_000
     assert len(attributes(drawing.call)["gen_ai.output.messages"]) < 300_000
 
@@ -461,8 +461,8 @@ def test_what_clients_choose_is_bounded() -> None:
         answered(),
         usage(provider_response_id=long, metadata={"stop_reason": long, "model": long}),
         tool(tool=long, injected=True, tool_call_id=long, metadata={"server": "w", "duration_ms": 1.0}),
-        ended(),
         COMMITTED,
+        ended(),
         CALL_ENDED,
     )
     assert len("".join(span.to_json() for span in drawing.spans)) < 10_000
@@ -486,7 +486,7 @@ def outgoing(drawing: Drawing, *headers: tuple[bytes, bytes]) -> Headers:
 def test_the_clients_trace_goes_on() -> None:
     drawing = Drawing()
     sent = outgoing(drawing, (b"traceparent", SAMPLED), (b"accept", b"x"), (b"tracestate", b"a=1"), (b"tracestate", b"b=2"))
-    drawing.tell(ended(), COMMITTED, CALL_ENDED)
+    drawing.tell(COMMITTED, ended(), CALL_ENDED)
     assert drawing.root.parent is not None and drawing.root.parent.is_remote
     assert family(drawing.root) == (int(TRACE, 16), int(PARENT, 16))
     assert drawing.call.context is not None
@@ -500,7 +500,7 @@ def test_each_request_has_its_own_context() -> None:
     first = outgoing(drawing)
     drawing.tell(answered(503), CALL_ENDED, began(attempt=2))
     second = drawing.traces.outgoing("i", [])
-    drawing.tell(answered(), ended(), COMMITTED, CALL_ENDED)
+    drawing.tell(answered(), COMMITTED, ended(), CALL_ENDED)
     spans = [span.context.span_id for span in drawing.named("chat claude-opus-5-5") if span.context is not None]
     sent = [int(values(headers, b"traceparent")[0].split(b"-")[2], 16) for headers in (first, second)]
     assert sent == spans and len(set(spans)) == 2
@@ -524,7 +524,7 @@ def test_without_a_valid_context_a_trace_begins(fields: list[tuple[bytes, bytes]
     drawing = Drawing()
     sent = outgoing(drawing, *fields, (b"tracestate", b"a=1"))
     assert drawing.traces._arrived == {}
-    drawing.tell(ended(), COMMITTED, CALL_ENDED)
+    drawing.tell(COMMITTED, ended(), CALL_ENDED)
     root, call = drawing.root.context, drawing.call.context
     assert root is not None and call is not None
     assert drawing.root.parent is None and root.trace_id != int(TRACE, 16)
@@ -537,7 +537,7 @@ def test_without_a_valid_context_a_trace_begins(fields: list[tuple[bytes, bytes]
 def test_of_a_later_version_the_known_part_counts() -> None:
     drawing = Drawing()
     outgoing(drawing, (b"traceparent", b"01" + SAMPLED[2:] + b"-more"))
-    drawing.tell(ended(), COMMITTED, CALL_ENDED)
+    drawing.tell(COMMITTED, ended(), CALL_ENDED)
     assert family(drawing.root) == (int(TRACE, 16), int(PARENT, 16))
 
 
@@ -546,7 +546,7 @@ def test_baggage_is_the_clients_own() -> None:
     baggage = [(b"baggage", b"tenant=s3cret"), (b"baggage", b"b = 2;p, c=%20")]
     drawing = Drawing()
     assert [field for field in outgoing(drawing, *baggage) if field[0] == b"baggage"] == baggage
-    drawing.tell(ended(), COMMITTED, CALL_ENDED)
+    drawing.tell(COMMITTED, ended(), CALL_ENDED)
     assert "s3cret" not in "".join(span.to_json() for span in drawing.spans)
 
 
@@ -557,7 +557,7 @@ def test_what_the_client_does_not_sample() -> None:
     assert parent.startswith(b"00-" + TRACE.encode()) and parent.endswith(b"-00") and PARENT.encode() not in parent
     assert values(sent, b"tracestate") == [b"a=1"]
     assert drawing.tell(*complete()[2:]).spans == []
-    assert drawing.traces._open == drawing.traces._ending == {}
+    assert drawing.traces._open == {}
 
 
 def test_sampling_that_is_off() -> None:
@@ -584,7 +584,7 @@ def test_below_a_span_that_is_active() -> None:
     drawing = Drawing()
     with provider.get_tracer("framework").start_as_current_span("POST") as outer:
         outgoing(drawing, (b"traceparent", SAMPLED))
-    drawing.tell(ended(), COMMITTED, CALL_ENDED)
+    drawing.tell(COMMITTED, ended(), CALL_ENDED)
     assert family(drawing.root) == (outer.get_span_context().trace_id, outer.get_span_context().span_id)
 
 
@@ -615,26 +615,16 @@ def test_too_many_interceptions() -> None:
     roots = drawing.named("POST /main/v1/messages")
     assert [attributes(root)["aibridge.interception.id"] for root in roots] == ["0", "1"]
     assert {attributes(root)["aibridge.status"] for root in roots} == {"in_progress"}
-    drawing.tell(ended("0"), Committed("0", 0.1), CallEnded("0", "main"), RecordLost("0", "TokenUsage"))
+    drawing.tell(CallEnded("0", "main"), Committed("0", 0.1), ended("0"), RecordLost("0", "TokenUsage"))
     assert len(drawing.named("POST /main/v1/messages")) == 2, "what was let go of is over"
     assert drawing.traces.outgoing("0", []) == []
 
 
-def test_an_interception_whose_commit_never_comes() -> None:
-    """Whoever was to wait for it has failed (`Entry.abandon`). It is found when another one ends, a minute later."""
-    drawing = Drawing().tell(start("a"), ended("a", status="failed"))
-    later = ended().ended_at + timedelta(seconds=61)
-    assert drawing.spans == []
-    drawing.tell(start("b", started_at=later), ended("b", ended_at=later))
-    assert [attributes(span)["aibridge.interception.id"] for span in drawing.spans] == ["a"]
+def test_an_interception_without_a_commit() -> None:
+    """Its records are lost, or whoever was to wait for them has failed (`Entry.abandon`)."""
+    drawing = Drawing().tell(start(), RecordLost("i", "TokenUsage"), ended())
+    assert drawing.spans == [drawing.root] and drawing.root.status.status_code is StatusCode.UNSET
     assert drawing.root.end_time == round(ended().ended_at.timestamp() * 1e6) * 1000
-    assert list(drawing.traces._open) == ["b"]
-
-
-def test_a_record_that_is_lost_settles_it_too() -> None:
-    drawing = Drawing().tell(start(), RecordLost("i", "TokenUsage"), RecordLost("", ""))
-    assert drawing.spans == []
-    assert drawing.tell(ended()).root.status.status_code is StatusCode.UNSET
 
 
 def test_close_ends_all() -> None:
@@ -652,7 +642,7 @@ def test_setting_the_clock_moves_no_span(days: int, monkeypatch: pytest.MonkeyPa
     real = time.time_ns
     monkeypatch.setattr(time, "time_ns", lambda: real() + days * 86_400 * 10**9)
     drawing.tell(answered(), CallEnded("i", "main"), began(2), answered(), CallEnded("i", "main"))
-    drawing.tell(ended(ended_at=datetime.now(UTC)), Committed("i", 0.0))
+    drawing.tell(Committed("i", 0.0), ended(ended_at=datetime.now(UTC)))
     monkeypatch.undo()
     assert len(drawing.spans) == 4
     for span in drawing.spans:
@@ -692,7 +682,7 @@ def test_the_names_are_those_of_the_conventions() -> None:
     drawing = with_content(Drawing(content=True))
     drawing.tell(*complete(provider="openai", route="/v1/responses", client_session_id="s", user_agent="x"))
     drawing.tell(start(), began(attempt=2), answered(529), usage(cache_read_input_tokens=1, input_tokens=1))
-    drawing.tell(ended(status="failed", http_status=529, time_to_first_byte_ms=1.0), COMMITTED, CALL_ENDED)
+    drawing.tell(COMMITTED, ended(status="failed", http_status=529, time_to_first_byte_ms=1.0), CALL_ENDED)
     said: Mapping[str, Any] = {name: None for span in drawing.spans for name in attributes(span)}
     ours = {name for name in said if name.startswith("aibridge.")}
     assert set(said) - ours - {"error.type"} <= known | newer

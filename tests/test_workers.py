@@ -277,7 +277,7 @@ async def test_a_worker_that_dies_is_replaced(provider: ThreadedProvider) -> Non
             for stream in streams.pop(dead):
                 assert not await stream.ends()
                 assert stream.row["status"] == "interrupted"
-                assert stream.row["error"] == "the process ended before the response"
+                assert stream.row["error"] == "the process ended before this was recorded"
             (alive,) = streams.values()
             assert {stream.row["status"] for stream in alive} == {"in_progress"}
             after = await scraped(gateway)

@@ -29,10 +29,15 @@ from tests.support.store import MemoryStore, Told
 
 
 class FullSpool(Spool):
-    """A spool on a disk that may be full."""
+    """A spool on a disk that may be full, or have room for little."""
 
     full = False
+    short = False
     attempts = 0
+
+    @property
+    def is_short_of_room(self) -> bool:
+        return self.short
 
     def append(self, records: Sequence[Record]) -> Mapping[int, str]:
         self.attempts += 1
@@ -295,6 +300,7 @@ async def test_with_neither_store_nor_spool_a_record_is_lost_after_a_while(
         assert [type(outcome) for outcome in outcomes] == [RecordingFailed] * 2
         assert outcomes[0] is not outcomes[1]
         assert "No space left" in str(outcomes[0])
+        assert writer.failing
         patience, spool.attempts = spool.attempts, 0
         assert patience > 1
         assert writer.problem == "neither database nor spool take records"
@@ -305,6 +311,25 @@ async def test_with_neither_store_nor_spool_a_record_is_lost_after_a_while(
         assert await within_bounds(writer.submit(usage("kept"))) == [None]
     assert store.records == [usage("kept")]
     assert Writer(store, spool).problem == "the database is not open"
+
+
+async def test_what_still_fits_is_kept_and_does_not_mean_that_all_would(
+    store: MemoryStore, spool: FullSpool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "_GIVE_UP_SECONDS", 0.1)
+    async with running(store, spool) as writer:
+        assert not writer.failing
+        store.unavailable = spool.full = spool.short = True
+        assert await within_bounds(writer.submit(usage("lost"))) != [None]
+        assert writer.failing
+        spool.full = False
+        assert await within_bounds(writer.submit(usage("kept"))) == [None]
+        store.unavailable = False
+        assert await within_bounds(writer.submit(usage("kept too"))) == [None]
+        assert writer.failing and writer.problem is not None
+        spool.short = False
+        await until(lambda: writer.problem is None and not writer.failing)
+    assert store.records == [usage("kept"), usage("kept too")]
 
 
 async def test_a_short_want_of_room_loses_nothing(store: MemoryStore, spool: FullSpool) -> None:

@@ -144,7 +144,9 @@ class Refused(msgspec.Struct, frozen=True):
 
 
 class Committed(msgspec.Struct, frozen=True):
-    """All records of an interception are durable, and its end was waited for so many `seconds`."""
+    """All records of an interception are durable, and its end was held back so many `seconds` for that. The next event is
+    that it has ended.
+    """
 
     interception_id: str
     seconds: float
@@ -167,7 +169,8 @@ Event = (
     | Committed
 )
 Observer = Callable[[Event], None]
-"""Sees everything that happens, in order: a start when the interception takes place, anything else right away.
+"""Sees everything that happens, in order: start and end of an interception when they are durable, or it is known that they
+will not be, anything else right away.
 
 What it raises is logged and goes no further."""
 

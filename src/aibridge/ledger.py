@@ -1,7 +1,8 @@
 """Turns the facts of one interception into records: gives them ids and times, and hands them on in order.
 
-Records go to the recorder, which makes them durable, and then to the observers, which count and trace: the same frozen
-values for all, so that no two of them can disagree.
+Records go to the recorder, which makes them durable, and to the observers, which count and trace: the same frozen values for
+all, so that no two of them can disagree. Of the end observers are told when it is durable, since that is when it is true: an
+interception whose records are lost, and whose client gets an error in place of the end, has failed.
 """
 
 import asyncio
@@ -62,6 +63,11 @@ class Ledger:
         if report_to is not None:
             report_to(partial(notify, self.observers))
 
+    @property
+    def refuses(self) -> bool:
+        """Whether nothing may begin, because no record of it would be kept."""
+        return self.when_unrecordable == "refuse" and getattr(self.recorder, "failing", False)
+
     def carry_out(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Do something to its end, whatever becomes of who asked for it."""
         task = asyncio.get_running_loop().create_task(work)
@@ -114,10 +120,12 @@ class Entry:
 
     async def start(self) -> None:
         """Record the start. Raises `RecordingFailed` when that cannot be done and the policy is to refuse."""
+        if self._ledger.refuses:  # the start alone may find room, and the provider would be asked for nothing
+            raise RecordingFailed(_NOT_SERVED)
         self._unwritten.append(self.interception)
         self._hand_over()
         try:
-            await self._settle()
+            await self._settle(_NOT_SERVED)
         except asyncio.CancelledError:
             _ = self._ledger.carry_out(self._give_up())
             raise
@@ -126,7 +134,7 @@ class Entry:
     async def _give_up(self) -> None:
         """Nobody waits for the start any more, but it will be recorded: then it must have an end."""
         with suppress(RecordingFailed):
-            await self._settle()
+            await self._settle(_NOT_SERVED)
             self._tell_start()
             await self.end(End("interrupted"))
 
@@ -220,47 +228,56 @@ class Entry:
 
         Raises `RecordingFailed` when one was lost and the policy is to refuse.
         """
-        self._put_end(end)
+        ended = self._put_end(end)
         self._hand_over()
         started = time.monotonic()
-        await self._settle()
-        if not self._lost:
-            notify(self._ledger.observers, Committed(self.interception.id, time.monotonic() - started))
+        try:
+            await self._settle(_NOT_ENDED)
+            if not self._lost:
+                notify(self._ledger.observers, Committed(self.interception.id, time.monotonic() - started))
+        except RecordingFailed as error:
+            ended = msgspec.structs.replace(ended, status="failed", error=error.message)
+            raise
+        finally:
+            notify(self._ledger.observers, ended)
 
     def abandon(self) -> None:
         """Whoever was to end the interception has failed: it must not stay open. Does not wait, and not end it twice."""
         if not self._ended:
             if not self._answered:
                 self.record(ResponseFacts(usage=Usage(), completeness="partial"))
-            self._put_end(End("failed", error="the gateway failed"))
+            notify(self._ledger.observers, self._put_end(End("failed", error="the gateway failed")))
 
     def _now(self) -> datetime:
         """The time, by a clock that has not been set since the start: nothing ends before it began."""
         return self.interception.started_at + timedelta(seconds=time.monotonic() - self._started)
 
-    def _put_end(self, end: End) -> None:
+    def _put_end(self, end: End) -> InterceptionEnded:
         self._ended = True
         waited = None if self._first_byte is None else round((self._first_byte - self._started) * 1000, 3)
-        self._put(
-            InterceptionEnded(
-                interception_id=self.interception.id,
-                ended_at=self._now(),
-                status=end.status,
-                http_status=end.http_status,
-                error=None if end.error is None else " ".join((self._without_secrets(end.error), *self._tries())),
-                time_to_first_byte_ms=waited,
-            )
+        ended = InterceptionEnded(
+            interception_id=self.interception.id,
+            ended_at=self._now(),
+            status=end.status,
+            http_status=end.http_status,
+            error=None if end.error is None else " ".join((self._without_secrets(end.error), *self._tries())),
+            time_to_first_byte_ms=waited,
         )
+        self._queue(ended)
+        return ended
 
     def _tries(self) -> tuple[str, ...]:
         """That the request had to be sent more than once."""
         return (f"({self.attempts} attempts)",) if self.attempts > 1 else ()
 
     def _put(self, record: Record) -> None:
+        self._queue(record)
+        notify(self._ledger.observers, record)
+
+    def _queue(self, record: Record) -> None:
         if not self._unwritten:  # what comes with it, and mostly that is all there is, is handed over with it
             asyncio.get_running_loop().call_soon(self._hand_over)
         self._unwritten.append(record)
-        notify(self._ledger.observers, record)
 
     def _hand_over(self) -> None:
         """Give records to the recorder. Their writing goes on by itself, and a loss is counted, whoever waits for it."""
@@ -286,17 +303,17 @@ class Entry:
         awaitable.add_done_callback(partial(self._written, records))
         self._pending.append(awaitable)
 
-    async def _settle(self) -> None:
+    async def _settle(self, refusal: str) -> None:
         """Wait for all records that were handed over. Cancelling the wait does not cancel the writing.
 
-        Raises `RecordingFailed` when one was lost and the policy is to refuse.
+        Raises `RecordingFailed`, which says the `refusal`, when one was lost and the policy is to refuse.
         """
         for future in self._pending:
             await _finished(future)
             self._lost = self._lost or future.cancelled() or future.exception() is not None
         self._pending.clear()
         if self._lost and self._ledger.when_unrecordable == "refuse":
-            raise RecordingFailed("The request cannot be recorded at the moment, so it is not served.")
+            raise RecordingFailed(refusal)
 
     def _written(self, records: Sequence[Record], future: asyncio.Future[None]) -> None:
         error = asyncio.CancelledError() if future.cancelled() else future.exception()
@@ -321,6 +338,8 @@ class Entry:
 
 
 _MAX_ERROR: Final = 2000
+_NOT_SERVED: Final = "The request cannot be recorded at the moment, so it is not served."
+_NOT_ENDED: Final = "The response cannot be recorded at the moment, so it is not brought to its end."
 
 
 def _unicode(text: bytes) -> bytes:

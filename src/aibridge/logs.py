@@ -3,7 +3,6 @@
 The latter is an observer of events, like metrics and traces. Its lines hold ids, names, figures and errors: no content.
 """
 
-import asyncio
 import logging
 import os
 import sys
@@ -15,7 +14,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Final
 
-from aibridge.events import BreakerChanged, CallBegan, Committed, Event, RecordLost, Refused, Retried
+from aibridge.events import BreakerChanged, CallBegan, Committed, Event, Refused, Retried
 from aibridge.loglines import (
     MAX_EXCEPTION,
     MAX_TEXT,
@@ -52,7 +51,6 @@ _QUIET: Final = {
     "mcp": logging.CRITICAL,
     "opentelemetry.exporter": logging.ERROR,
 }
-_COMMIT_SECONDS: Final = 5.0
 
 
 class Log(logging.Handler):
@@ -99,16 +97,14 @@ class EventLog:
     """Writes a line when an interception starts and one when it ends, and one for each retry, refusal and change of a
     circuit breaker. Give it to a `RequestBridge` as an observer.
 
-    An interception has ended when that is durable: then its line is written. What is written of all this is a matter of the
-    level of the logger ``aibridge.events``. Of a provider's error only the code is written, with `content` all of it.
+    What is written of all this is a matter of the level of the logger ``aibridge.events``: of a provider's error the code
+    alone, with `content` all of it.
     """
 
     def __init__(self, log: Log, *, interceptions: bool = True, content: bool = False) -> None:
         self._log = log
         self._content = content
         self._open: dict[str, InterceptionLine] = {}
-        self._ended: dict[str, tuple[float, InterceptionLine]] = {}
-        self._look: asyncio.TimerHandle | None = None
         self._tells: dict[type, Callable[[Any], None]] = {
             Retried: self._retried,
             Refused: self._refused,
@@ -120,9 +116,8 @@ class EventLog:
                 CallBegan: self._count_call,
                 TokenUsage: self._add_tokens,
                 ToolUsage: self._count_tool,
-                InterceptionEnded: self._end,
                 Committed: self._committed,
-                RecordLost: self._lost,
+                InterceptionEnded: self._end,
             }
 
     def __call__(self, event: Event) -> None:
@@ -130,14 +125,6 @@ class EventLog:
         tell = self._tells.get(type(event))
         if tell is not None:
             tell(event)
-
-    def close(self) -> None:
-        """Write the lines that wait for a commit of which nothing was heard."""
-        for _, line in self._ended.values():
-            self._tell(line)
-        self._ended.clear()
-        if self._look is not None:
-            self._look.cancel()
 
     def _tell(self, line: InterceptionLine | IncidentLine) -> None:
         if _events.isEnabledFor(_LEVELS[line.level]):
@@ -180,6 +167,9 @@ class EventLog:
         else:
             line.other_tool_calls = (line.other_tool_calls or 0) + 1
 
+    def _committed(self, event: Committed) -> None:
+        self._open[event.interception_id].commit_ms = round(event.seconds * 1000, 3)
+
     def _end(self, event: InterceptionEnded) -> None:
         line = self._open.pop(event.interception_id)
         line.duration_ms = round((event.ended_at - line.time).total_seconds() * 1000, 3)
@@ -194,39 +184,11 @@ class EventLog:
         line.attempts = line.attempts or 0
         line.injected_tool_calls = line.injected_tool_calls or 0
         line.other_tool_calls = line.other_tool_calls or 0
-        self._wait_for_commit(line)
+        self._tell(line)
 
     def _said(self, error: str) -> str:
         """What is written of an error: of a provider's the code alone, since the rest may quote what it was sent."""
         return error if self._content else error_code(error) or error
-
-    def _wait_for_commit(self, line: InterceptionLine) -> None:
-        loop = asyncio.get_running_loop()
-        self._ended[line.interception_id] = loop.time(), line
-        if self._look is None:
-            self._look = loop.call_later(_COMMIT_SECONDS, self._give_up)
-
-    def _give_up(self) -> None:
-        """Wait no longer for commits of which nothing was heard: nobody waits for those of an exchange that has failed."""
-        loop = asyncio.get_running_loop()
-        late = loop.time() - _COMMIT_SECONDS
-        for since, line in list(self._ended.values()):  # in the order in which they came
-            if since > late:
-                self._look = loop.call_at(since + _COMMIT_SECONDS, self._give_up)
-                return
-            self._tell(self._ended.pop(line.interception_id)[1])
-        self._look = None
-
-    def _committed(self, event: Committed) -> None:
-        _, line = self._ended.pop(event.interception_id, (0.0, None))
-        if line is not None:
-            line.commit_ms = round(event.seconds * 1000, 3)
-            self._tell(line)
-
-    def _lost(self, event: RecordLost) -> None:
-        _, line = self._ended.pop(event.interception_id, (0.0, None))
-        if line is not None:
-            self._tell(line)
 
     def _retried(self, event: Retried) -> None:
         self._incident(
@@ -277,7 +239,6 @@ def logging_to_stderr(
     try:
         yield events
     finally:
-        events.close()
         log.close()
 
 

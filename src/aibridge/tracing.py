@@ -23,13 +23,12 @@ from opentelemetry.trace import Span, SpanKind, StatusCode, TracerProvider, get_
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from aibridge import spans
-from aibridge.events import CallAnswered, CallBegan, CallEnded, Committed, Event, RecordLost
+from aibridge.events import CallAnswered, CallBegan, CallEnded, Committed, Event
 from aibridge.records import Interception, InterceptionEnded, ModelThought, PromptUsage, TokenUsage, ToolUsage
 from aibridge.wire.base import Headers
 
 MAX_OPEN: Final = 10_000
 _MAX_PARTS: Final = 16  # of the model's message: each may be 16,384 characters, and thousands of spans may wait to be sent
-_STRAGGLERS: Final = 60 * 10**9  # nanoseconds in which an interception that has ended is over
 
 
 class Traces:
@@ -49,7 +48,6 @@ class Traces:
         self._max_open = max_open
         self._arrived: dict[str, Context] = {}  # of which the start has not been told
         self._open: dict[str, _Trace] = {}
-        self._ending: dict[str, _Trace] = {}  # those of them that wait for the commit only, or for the end of a response
         self._draws: dict[type, Callable[[Any], None]] = {
             Interception: self._begin,
             CallBegan: self._begin_call,
@@ -61,7 +59,6 @@ class Traces:
             ToolUsage: self._draw_tool,
             InterceptionEnded: self._end,
             Committed: self._commit,
-            RecordLost: self._lose,
         }
 
     def __call__(self, event: Event) -> None:
@@ -183,26 +180,15 @@ class Traces:
         if trace is None:
             self._open.pop(outcome.interception_id, None)
             return
-        trace.outcome, trace.until = outcome, _nanoseconds(outcome.ended_at)
-        self._ending[outcome.interception_id] = trace
-        oldest = next(iter(self._ending.values()))
-        if trace.until - oldest.until > _STRAGGLERS:
-            self._finish(oldest)
+        trace.outcome, trace.until = outcome, max(trace.until, _nanoseconds(outcome.ended_at))
         self._finish_where_over(trace)
 
     def _commit(self, event: Committed) -> None:
         trace = self._drawn(event.interception_id)
         if trace is not None:
-            trace.settled, trace.until = True, trace.now()
+            trace.until = trace.now()
             span = self._tracer.start_span("commit", trace.context, start_time=trace.until - round(event.seconds * 1e9))
             span.end(trace.until)
-            self._finish_where_over(trace)
-
-    def _lose(self, event: RecordLost) -> None:
-        trace = self._drawn(event.interception_id)
-        if trace is not None:
-            trace.settled = True
-            self._finish_where_over(trace)
 
     def _drawn(self, interception_id: str) -> "_Trace | None":
         """The trace of an interception, if it is sampled."""
@@ -220,14 +206,13 @@ class Traces:
 
     def _finish(self, trace: "_Trace") -> None:
         del self._open[trace.interception.id]
-        self._ending.pop(trace.interception.id, None)
         trace.finish(content=self._content)
 
 
 class _Trace:
     """What has been drawn of one interception. `until` is when something was last heard of it."""
 
-    __slots__ = ("_epoch", "calls", "context", "interception", "outcome", "sampled", "settled", "span", "until")
+    __slots__ = ("_epoch", "calls", "context", "interception", "outcome", "sampled", "span", "until")
 
     def __init__(self, interception: Interception, span: Span) -> None:
         self.interception = interception
@@ -236,7 +221,6 @@ class _Trace:
         self.context = set_span_in_context(span, Context())
         self.calls: list[_Call] = []
         self.outcome: InterceptionEnded | None = None
-        self.settled = False  # its records are durable, or one is lost
         self.until = _nanoseconds(interception.started_at)
         self._epoch = time.time_ns() - time.monotonic_ns()
 
@@ -247,7 +231,7 @@ class _Trace:
     @property
     def over(self) -> bool:
         """Whether nothing more will be heard of it."""
-        return self.outcome is not None and self.settled and (not self.calls or self.calls[-1].ended is not None)
+        return self.outcome is not None and (not self.calls or self.calls[-1].ended is not None)
 
     def finish(self, *, content: bool) -> None:
         """End all spans. `content`: with the words of errors."""

@@ -38,7 +38,7 @@ class Recorder(Protocol):
     have ``report_to(report: Report)``, by which it gets to know whom to tell what it does; and
     ``record_together(records: Sequence[Record])``, which is called instead of the others, with what is known at one time of
     one interception, and whose awaitable may raise `RecordsLost`. A subclass that overrides one of the others and not this
-    is called record by record.
+    is called record by record. And ``failing: bool``, by which it says that records are being lost, and would be.
     """
 
     def record_interception(self, record: Interception, /) -> Awaitable[None]:

@@ -8,6 +8,7 @@ file of a living process without its lock.
 One record is one line of JSON. A line that cannot be read is skipped and counted: the others are worth more than it.
 """
 
+import errno
 import fcntl
 import os
 import shutil
@@ -55,11 +56,22 @@ class Spool:
         self._file: int | None = None
         self._start = 0
         self._end = 0
+        self._wanted = 0  # bytes for which there was no room
 
     @property
     def waiting(self) -> int:
         """Bytes of records that wait to be replayed."""
         return self._end - self._start
+
+    @property
+    def is_short_of_room(self) -> bool:
+        """Whether the disk has less room than what it had none for last. Less than that may have fitted since."""
+        if self._wanted:
+            with suppress(OSError):
+                room = os.statvfs(self.directory)
+                if room.f_bavail * room.f_frsize >= self._wanted:
+                    self._wanted = 0
+        return self._wanted > 0
 
     def acquire(self) -> None:
         """Make sure that the file is there under its name, and locked. Raises OSError."""
@@ -113,7 +125,9 @@ class Spool:
         try:
             _write_at(self._file, self._end, data)
             os.fsync(self._file)
-        except OSError:
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                self._wanted = len(data)
             with suppress(OSError):
                 os.ftruncate(self._file, self._end)
             raise

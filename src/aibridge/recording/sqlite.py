@@ -58,7 +58,7 @@ _END: Final = (
     " WHERE id = ?1"
 )
 _INTERRUPT: Final = (
-    "UPDATE aibridge_interceptions SET status = 'interrupted', error = 'the process ended before the response',"
+    "UPDATE aibridge_interceptions SET status = 'interrupted', error = 'the process ended before this was recorded',"
     " ended_at = max(?, started_at)"  # the clock may have been set back since
     " WHERE status = 'in_progress' AND instance NOT IN (SELECT value FROM json_each(?))"
 )
@@ -81,6 +81,11 @@ class SqliteRecorder:
     def problem(self) -> str | None:
         """Why records cannot be kept at the moment; None where they can, if only in the spool."""
         return self._writer.problem
+
+    @property
+    def failing(self) -> bool:
+        """Whether neither database nor spool have taken records for a while, so that they are lost."""
+        return self._writer.failing
 
     @property
     def queued(self) -> int:

@@ -136,6 +136,11 @@ class Writer:
         return None if self._failing_since is None else "neither database nor spool take records"
 
     @property
+    def failing(self) -> bool:
+        """Whether that has lasted for so long that records are lost."""
+        return self._failing_since is not None and time.monotonic() - self._failing_since >= _GIVE_UP_SECONDS
+
+    @property
     def queued(self) -> int:
         """How many submissions wait to be written, those that are held back included."""
         return self._queue.qsize() + len(self._held_back)
@@ -265,7 +270,7 @@ class Writer:
 
     def _try_again(self) -> None:
         """Look whether the database is back though no record comes: a process that is not ready gets no requests."""
-        if self._failing_since is None:
+        if self._failing_since is None or self._spool.is_short_of_room:
             return
         try:
             self._store.write([], self._spool.instance)
@@ -299,17 +304,17 @@ class Writer:
                 time.sleep(_PAUSE_SECONDS)  # in the writer's own thread: for a disk to get room, a lock to end
                 self._retry_store_at = 0.0
             else:
-                self._failing_since = None
+                if not self._spool.is_short_of_room:  # else what does not fit would come again, and fail again
+                    self._failing_since = None
                 failed = {index: f"the record cannot be stored: {why}" for index, why in rejected.items()}
                 self._answer(batch, failed, RecordsWritten(len(records) - len(failed), seconds, to, self.queued))
                 return
 
     def _is_hopeless(self) -> bool:
         """Whether neither database nor spool have taken a record for a while."""
-        now = time.monotonic()
         if self._failing_since is None:
-            self._failing_since = now
-        return now - self._failing_since >= _GIVE_UP_SECONDS
+            self._failing_since = time.monotonic()
+        return self.failing
 
     def _replay(self, *, force: bool = False) -> None:
         """Move the spool's records into the store, as far as it takes them."""
