@@ -99,18 +99,27 @@ class Books:
         complete = [one for one in self.seen if one.complete and one.status == 200]
         missing = sum(self.ledger.completed[one.response_id] != 1 for one in complete)
         gap = self._gap()
-        if gap != self.counted:
+        if not self._is_counted(gap):
             return f"{dict(gap)}, of which {dict(self.counted)} are counted"
         if missing:
             return LOST_AND_COUNTED
-        return NOTHING_COMPLETE if gap else NOTHING
+        return NOTHING_COMPLETE if self.counted else NOTHING
+
+    def _is_counted(self, gap: Counter[str]) -> bool:
+        """A request is refused because its start was lost, which counts, or because others were, and then it has none."""
+        more = self.counted - gap
+        return not gap - self.counted and more.keys() <= {"Interception"} and more.total() <= len(self.seen) - self._served
+
+    @property
+    def _served(self) -> int:
+        return sum(one.status == 200 for one in self.seen)
 
     def _gap(self) -> Counter[str]:
-        """The records that are missing, by kind. Of a request that was refused there was to be none but its start."""
+        """The records that are missing, by kind. Of a request that was refused there was to be none."""
         counts, statuses = self.ledger.counts, self.ledger.statuses
-        served = sum(one.status == 200 for one in self.seen)
+        served = self._served
         return +Counter(
-            Interception=len(self.seen) - counts["interceptions"],
+            Interception=served - counts["interceptions"],
             PromptUsage=served - counts["user_prompts"],
             TokenUsage=served - counts["token_usages"],
             InterceptionEnded=served - counts["interceptions"] + statuses["in_progress"],

@@ -19,6 +19,7 @@ from typing import Any, Final
 from .provider import Gate, Received, Reply, Step, Wait
 from .rawclient import RawClient
 
+_AFTER_REFUSAL_SECONDS: Final = 0.05
 _LAST_EVENTS: Final = (b'event: message_stop\ndata: {"type":"message_stop"}\n\n', b"data: [DONE]\n\n")
 _NUMBERS: Final = itertools.count(1)
 
@@ -140,6 +141,8 @@ class Crowd:
                 return
             if one.complete and one.status == 200:
                 self.on_complete()
+            elif one.status == 503:  # who asks again at once, as no real client does, uses up the ports of the machine
+                await asyncio.sleep(_AFTER_REFUSAL_SECONDS)
 
 
 class Regulars:
