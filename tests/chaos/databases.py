@@ -89,7 +89,7 @@ async def _locked_and_killed(_: None, scale: Scale) -> Observed:
 
 
 async def _full(policy: dict[str, str], _: None, scale: Scale) -> Observed:
-    with temporary_folder() as at, mounted(at / "small", "size=2m"), gateway(at / "small", **policy) as server:
+    with temporary_folder() as at, mounted(at / "small", "size=32m"), gateway(at / "small", **policy) as server:
         ballast = at / "small" / "ballast"
         async with load(server) as crowd:
             _fill(ballast)
