@@ -23,6 +23,7 @@ import pytest
 from aibridge.dumps import TrafficDumps
 from aibridge.errors import ConnectTimeout, Unfinished, Unreachable, Unsendable, UpstreamError, UpstreamTimeout
 from aibridge.httpclient import HttpUpstream
+from aibridge.httpconnection import Connection
 from aibridge.providers import Provider
 from aibridge.upstream import (
     Body,
@@ -706,6 +707,27 @@ async def test_cancelling_drops_the_connection(upstream: Upstream, provider: Scr
     with pytest.raises(asyncio.CancelledError):
         await sending
     await exchange.client_gone.wait()
+
+
+async def test_who_leaves_while_the_connection_comes_about(
+    provider: ScriptedProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the very turn of the event loop, in which uvloop closes the transport and tells nobody."""
+
+    class Watched(Connection):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            asyncio.get_running_loop().call_soon(sending.cancel)
+
+    monkeypatch.setattr("aibridge.httpclient.Connection", Watched)
+    async with opened(HttpUpstream()) as upstream, asyncio.timeout(BOUND):
+        for _ in range(3):
+            sending = asyncio.create_task(upstream.send(to(provider)))
+            with pytest.raises(asyncio.CancelledError):
+                await sending
+        assert isinstance(upstream, HttpUpstream)
+        while upstream._connections:
+            await asyncio.sleep(0)
 
 
 async def test_a_read_may_be_cancelled(upstream: Upstream, provider: ScriptedProvider) -> None:

@@ -24,6 +24,7 @@ from aibridge.httpconnection import UNREACHABLE, Connection, bracketed, declared
 from aibridge.upstream import Connections, UpstreamRequest, UpstreamResponse
 
 _NEXT_ADDRESS_SECONDS: Final = 0.25
+_CLOSE_SECONDS: Final = 1.0
 _PORTS: Final = {"http": 80, "https": 443}
 _NO_TARGET: Final = re.compile(rb"[\x00-\x20\x7f]")
 _MAX_PLACES: Final = 256
@@ -98,8 +99,8 @@ class HttpUpstream:
         connections = list(self._connections)
         for connection in connections:
             connection.abort()
-        for connection in connections:
-            await connection.lost
+        if connections:
+            await asyncio.wait([connection.lost for connection in connections], timeout=_CLOSE_SECONDS)
 
     def _count(self, connection: "Connection", host: str) -> None:
         self._opened[host] += 1
@@ -140,12 +141,12 @@ class HttpUpstream:
                     await connection.tunnel(origin.host, origin.port, _proxy_authorization(origin.proxy), tls)
                 return connection
         except (TimeoutError, OSError, ValueError, UpstreamError) as error:
-            connection.abort()
+            connection.give_up()
             failure = translated(error, UNREACHABLE)
             kind = ConnectTimeout if isinstance(failure, UpstreamTimeout) else Unreachable
             raise kind(failure.message) from error
         except asyncio.CancelledError:
-            connection.abort()
+            connection.give_up()
             raise
 
     def _tls_context(self, ca_file: str | None) -> ssl.SSLContext:

@@ -224,8 +224,7 @@ class Connection(asyncio.Protocol):
             if transport is None or plain.is_closing():
                 raise UpstreamError(f"{UNREACHABLE}: it closed the connection.")
         except BaseException:
-            plain.abort()
-            self.connection_lost(None)  # a protocol whose handshake was broken off is not always told
+            self.give_up()  # a protocol whose handshake was broken off is not always told either
             raise
         self._transport = transport
         self._head, self._tunnelling = None, False
@@ -245,6 +244,14 @@ class Connection(asyncio.Protocol):
         self._failure = self._failure or UpstreamError(f"{_BROKEN_OFF}: it was dropped.")
         if self._transport is not None:
             self._transport.abort()
+
+    def give_up(self) -> None:
+        """Drop the connection before it was used.
+
+        uvloop closes the transport of a connection that is given up while it comes about, and does not tell its protocol.
+        """
+        self.abort()
+        self.connection_lost(None)
 
     def waiter(self) -> "asyncio.Future[bool]":
         """A future for the next thing to happen to the response, which ends when nothing does for too long."""
@@ -323,6 +330,9 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The socket, or TLS on it, is there."""
+        if self.lost.done():  # nobody waits for it any more
+            cast("asyncio.Transport", transport).abort()
+            return
         self._transport = cast("asyncio.Transport", transport)  # a stream's: it need not be one by inheritance
         self._connections.add(self)
         self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
