@@ -175,6 +175,7 @@ def serve(settings: Settings, load: Load, inherited: Sequence[socket.socket] = (
     configuration = Configuration(settings, load)
     with logging_to_stderr(**settings.log.model_dump()) as log:
         listeners = inherited or bound_or_exit(settings)
+        say_where_traces_go(settings)
         server = Server(settings, observers=[log])
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -244,6 +245,14 @@ def _keep_descriptors() -> None:
         if descriptor > sys.stderr.fileno():
             with suppress(OSError):  # the one that the listing took
                 os.set_inheritable(descriptor, False)  # noqa: FBT003  it has no name
+
+
+def say_where_traces_go(settings: Settings) -> None:
+    """OpenTelemetry's own variables, which others set, may have switched them on, or off."""
+    if settings.tracing.unused is not None:
+        logger.warning("no traces are sent: %s", settings.tracing.unused)
+    elif settings.tracing.destination is not None:
+        logger.info("traces go to %s", settings.tracing.destination)
 
 
 def bound_or_exit(settings: Settings) -> list[socket.socket]:

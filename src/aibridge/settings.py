@@ -26,7 +26,7 @@ from aibridge.ledger import WhenUnrecordable
 from aibridge.limits import MAX_BODY_BYTES, MAX_HEADER_BYTES, Limits
 from aibridge.loglines import LogFormat, LogLevel
 from aibridge.mcp.settings import McpServer, check_name as check_server_name
-from aibridge.otelenv import traces_endpoint, traces_headers
+from aibridge.otelenv import endpoint_unused, sampling, sdk_disabled, traces_endpoint, traces_headers
 from aibridge.providers import OnDisconnect, check_base_url
 from aibridge.retries import RetryRules
 from aibridge.wire.turns import UsagePolicy
@@ -330,6 +330,19 @@ class TracingSettings(_Section):
             if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
                 raise ValueError(f"{name!r} is not the name of a header field")
         return headers
+
+    @property
+    def unused(self) -> str | None:
+        """Why no traces are sent though an endpoint is named, for people; None where they are, or where none is."""
+        return endpoint_unused(os.environ) if self.endpoint is None else sdk_disabled(os.environ)
+
+    @property
+    def destination(self) -> str | None:
+        """Where traces go and how many, for people: scheme and host, no path, which may be a key. None without traces."""
+        if self.endpoint is None or self.unused is not None:
+            return None
+        parts = urlsplit(self.endpoint)
+        return f"{parts.scheme}://{parts.netloc}, {sampling(self.sample_ratio, os.environ)}"
 
 
 class McpServerSettings(_Section):

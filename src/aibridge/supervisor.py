@@ -32,7 +32,18 @@ from aibridge.config import Settings
 from aibridge.httpserver import shared, stop_handshakes
 from aibridge.logs import logging_to_stderr, set_level
 from aibridge.multiprocess import forget_gauges
-from aibridge.process import CANNOT_START, CannotStart, Orders, bound_or_exit, drained, end_by, obey, prepare, urls
+from aibridge.process import (
+    CANNOT_START,
+    CannotStart,
+    Orders,
+    bound_or_exit,
+    drained,
+    end_by,
+    obey,
+    prepare,
+    say_where_traces_go,
+    urls,
+)
 from aibridge.reloading import Configuration, Load
 from aibridge.systemd import Notifier
 from aibridge.worker import SIGNALS, Answer, Drain, Hurry, Job, Order, Ping, Reload, Serving, Stop, TakenOver, Unable, work
@@ -60,6 +71,7 @@ def serve(settings: Settings, load: Load, inherited: Sequence[socket.socket] = (
     count = settings.server.workers
     with logging_to_stderr(**settings.log.model_dump()):
         listeners = inherited or bound_or_exit(settings)
+        say_where_traces_go(settings)
         try:
             groups = [list(inherited)] * count if inherited else _shared(listeners, count)
             with metrics_directory() as metrics, asyncio.Runner() as runner:
