@@ -283,6 +283,22 @@ def test_a_service_is_ready_again_when_all_of_it_is(manager: Manager, tmp_path: 
         wait_until(lambda: manager.states() == ["READY", "RELOADING", "READY"], "it does not reload")
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_reload_that_fails_is_in_the_status(manager: Manager, workers: int) -> None:
+    """READY=1 ends every reload: sd_notify(3) knows none that has failed."""
+    with Gateway(env={"NOTIFY_SOCKET": manager.address, "AIBRIDGE_SERVER__WORKERS": str(workers)}) as gateway:
+        wait_until(lambda: manager.states() == ["READY"], "it is not ready")
+        gateway.configure("[server]\nprot = 1\n")
+        gateway.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: manager.states() == ["READY", "RELOADING", "READY"], "it does not reload")
+        first, second = (message["STATUS"] for message in manager.told if "READY" in message)
+        assert second.startswith(f"{first}; the configuration could not be reloaded at ")
+        gateway.configure("")
+        gateway.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: manager.states()[3:] == ["RELOADING", "READY"], "it does not reload again")
+        assert manager.told[-1]["STATUS"] == first
+
+
 def test_a_service_that_hangs_gives_no_sign(manager: Manager) -> None:
     """A process that does not run stands for an event loop that does not. SIGABRT is what systemd sends then, and the
     process says where it hung."""

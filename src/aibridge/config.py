@@ -29,7 +29,7 @@ from pydantic_settings import (
 )
 
 from aibridge.mcp.settings import McpServer
-from aibridge.providers import Provider, check_name
+from aibridge.providers import Provider
 from aibridge.settings import (
     DatabaseSettings,
     DumpSettings,
@@ -38,6 +38,7 @@ from aibridge.settings import (
     LogSettings,
     McpServerSettings,
     McpSettings,
+    ProviderName,
     ProviderSettings,
     ServerSettings,
     TracingSettings,
@@ -75,7 +76,7 @@ class Settings(BaseSettings):
     upstream: UpstreamSettings = UpstreamSettings()
     dumps: DumpSettings = DumpSettings()
     tracing: TracingSettings = Field(default_factory=TracingSettings)
-    providers: dict[str, ProviderSettings] = Field(default_factory=dict, validate_default=True)
+    providers: dict[ProviderName, ProviderSettings] = Field(default_factory=dict, validate_default=True)
     mcp: McpSettings = McpSettings()
 
     @classmethod
@@ -110,13 +111,6 @@ class Settings(BaseSettings):
                 provider["base_url"] = os.environ.get(url_variable) or default_url
                 if key := os.environ.get(key_variable):
                     provider.setdefault("api_key", key)
-        return providers
-
-    @field_validator("providers")
-    @classmethod
-    def _have_names(cls, providers: dict[str, ProviderSettings]) -> dict[str, ProviderSettings]:
-        for name in providers:
-            check_name(name)
         return providers
 
     @model_validator(mode="after")
@@ -230,7 +224,7 @@ def load(file: Path | None = None, **overrides: Mapping[str, Any]) -> Settings:
 
 def _explain(error: "ErrorDetails") -> str:
     """One line for one error: the key, what is wrong, what would be valid. Values are not quoted, they may be secret."""
-    key = ".".join(map(str, error["loc"]))
+    key = ".".join(str(part) for part in error["loc"] if part != "[key]")  # so pydantic says that a name is wrong
     if error["type"] == "extra_forbidden":
         valid = ", ".join(sorted(_keys_beside(error["loc"])))
         return f"{key}: there is no such setting; valid here: {valid}"

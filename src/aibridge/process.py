@@ -16,6 +16,7 @@ import socket
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -201,21 +202,23 @@ async def _serve(
     with notifier.signs_of_life():
         if await service.start(listeners, orders):
             logger.info(where)
-            await obey(orders, notifier, where, reload)
+            await obey(orders, notifier, partial(configuration.noted, where), reload)
             service.drain()
             await drained(service.settings, orders)
             await service.stop(orders.hurry)
     return orders.signal
 
 
-async def obey(orders: Orders, notifier: Notifier, status: str, reload: Callable[[], Coroutine[Any, Any, object]]) -> None:
-    """Reload where that is ordered, until there is the order to stop; and tell the service manager."""
-    notifier.ready(status)
+async def obey(
+    orders: Orders, notifier: Notifier, status: Callable[[], str], reload: Callable[[], Coroutine[Any, Any, object]]
+) -> None:
+    """Reload where that is ordered, until there is the order to stop; and tell the service manager its `status`."""
+    notifier.ready(status())
     while await orders.unless_stopped(orders.reload.wait()):
         orders.reload.clear()
         notifier.reloading()
         await orders.unless_stopped(reload())
-        notifier.ready(status)
+        notifier.ready(status())
     notifier.stopping(SHUTTING_DOWN)
 
 
