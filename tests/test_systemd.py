@@ -106,7 +106,9 @@ def test_a_socket_that_strangers_reach_needs_an_identity(tmp_path: Path) -> None
             timeout=60,
             check=False,
         )
+        port = listener.getsockname()[1]
     assert done.returncode == 1 and "requests must be authenticated" in done.stderr
+    assert f"'0.0.0.0' port {port} (server.host, or a socket that was handed over)" in done.stderr
 
 
 @pytest.mark.parametrize("workers", [1, 2])

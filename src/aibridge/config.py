@@ -129,14 +129,19 @@ class Settings(BaseSettings):
                 )
         if not self.server.on_loopback and self.identity.header is None:
             raise ValueError(
-                f"server.host {self.server.host!r} can be reached by others, so requests must be authenticated: set"
-                " identity.header and identity.trusted_proxies, or bind to 127.0.0.1"
+                f"{self._where} can be reached by others, so requests must be authenticated: set identity.header and"
+                " identity.trusted_proxies, or listen on 127.0.0.1"
             )
         if not self.server.on_loopback and not self.identity.trusted_proxies:
             raise ValueError(
                 "identity.trusted_proxies must name the networks of the proxies that may set identity.header, such as"
-                f' ["10.0.0.0/8"], because server.host {self.server.host!r} can be reached by others'
+                f' ["10.0.0.0/8"], because {self._where} can be reached by others'
             )
+
+    @property
+    def _where(self) -> str:
+        """What is listened on, for people, who may have said nothing of an address."""
+        return f"{self.server.host!r} port {self.server.port} (server.host, or a socket that was handed over)"
 
     def _serves(self, url: str) -> bool:
         """Whether a URL leads to this very server."""
