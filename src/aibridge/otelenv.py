@@ -8,6 +8,7 @@ from typing import Final
 from urllib.parse import unquote
 
 _PROTOCOL: Final = "http/protobuf"
+_PROTOCOL_VARIABLES: Final = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 
 
 def traces_endpoint(variables: Mapping[str, str]) -> str | None:
@@ -28,11 +29,9 @@ def endpoint_unused(variables: Mapping[str, str]) -> str | None:
     exporter = variables.get("OTEL_TRACES_EXPORTER")
     if exporter not in (None, "", "otlp"):
         return f"OTEL_TRACES_EXPORTER is {exporter!r}, not 'otlp'"
-    for name in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
-        if protocol := variables.get(name):
-            if protocol != _PROTOCOL:
-                return f"{name} is {protocol!r}, and the gateway speaks {_PROTOCOL} only"
-            break
+    name = next((name for name in _PROTOCOL_VARIABLES if variables.get(name)), None)
+    if name is not None and variables[name] != _PROTOCOL:
+        return f"{name} is {variables[name]!r}, and the gateway speaks {_PROTOCOL} only"
     if not endpoint.startswith(("http://", "https://")):
         return "the endpoint in OTEL_EXPORTER_OTLP_* is no http:// or https:// URL"
     return None
