@@ -231,6 +231,7 @@ def test_check_prints_the_configuration_without_secrets(provider: ThreadedProvid
     result = checked(provider, toml)
     assert "port = 8123" in result.output and "[providers.vllm]" in result.output and 'api_key = "***' in result.output
     assert set(lines_of(result)) == {"anthropic", "openai", "vllm"}
+    assert "\ntraces: none are sent: there is no endpoint\n" in result.output
     assert "[providers.anthropic]" in result.output, "what is there by default is shown too"
 
 

@@ -6,6 +6,7 @@ Truth: design.md section 3 for names, precedence and secrets; the rest is our ch
 import json
 import os
 import re
+import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from aibridge.check import describe
 from aibridge.config import ConfigurationError, Settings, load
 from aibridge.retries import RetryRules
 from aibridge.settings import McpServerSettings, ProviderSettings
+from tests.support.tls import Authority
 
 DOCUMENTATION = Path(__file__).parent.parent / "docs" / "configuration.md"
 SECRET = "sk-very-secret-9f8e7d6c"
@@ -177,7 +179,7 @@ def _keys_beside(section: str, name: str) -> dict[str, Any]:
         return {key: value for key, value in VLLM.items() if key != name}
     if section == "mcp.servers.time" and name not in ("url", "command"):
         return {"command": ["python"]} if name in OF_A_COMMAND else {"url": "http://h/mcp"}
-    return {}
+    return {"header": "X-User"} if name == "trusted_proxies" else {}
 
 
 def _plain(value: Any) -> Any:
@@ -186,19 +188,24 @@ def _plain(value: Any) -> Any:
     return value.get_secret_value() if hasattr(value, "get_secret_value") else value
 
 
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority.make(tmp_path_factory.mktemp("authority"))
+
+
 @pytest.mark.parametrize("key", SETTINGS)
-def test_a_setting_by_file(key: str) -> None:
+def test_a_setting_by_file(key: str, authority: Authority) -> None:
     literal, _, expected = SETTINGS[key]
-    Path("ca.pem").touch()
+    shutil.copy(authority.ca_file, "ca.pem")
     section, _, name = key.rpartition(".")
     beside = [f"{key} = {json.dumps(value)}" for key, value in _beside(section, name).items()]
     assert _plain(value_of(configured("\n".join([f"{key} = {literal}", *beside])), key)) == expected
 
 
 @pytest.mark.parametrize("key", SETTINGS)
-def test_a_setting_by_variable(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_setting_by_variable(key: str, authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
     _, text, expected = SETTINGS[key]
-    Path("ca.pem").touch()
+    shutil.copy(authority.ca_file, "ca.pem")
     section, _, name = key.rpartition(".")
     for other, value in _beside(section, name).items():
         given = value if isinstance(value, str) else json.dumps(value)
@@ -460,9 +467,11 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ('[providers.openai]\non_disconnect = "x"', ["providers.openai.on_disconnect:", "'cancel' or 'drain'"]),
     ('[providers.openai]\nca_file = "/nope"', ["providers.openai.ca_file:", "/nope"]),
     ("[providers.openai]\nask_for_usage = 3", ["providers.openai.ask_for_usage:", "boolean"]),
+    ('[identity]\ntrusted_proxies = ["10.0.0.0/8"]', ["identity:", "trusted_proxies", "header"]),
+    (f'[providers.openai]\nbase_url = "http://u:{SECRET}@h/?x={SECRET}"', ["without a query", "credentials; use api_key"]),
     ("[mcp]\nservers = 1", ["mcp.servers:", "section"]),
     ('[mcp]\nskip_models = ["("]', ["mcp.skip_models:", "'('", "regular expression"]),
-    ('[mcp.servers.X_y]\nurl = "http://h/mcp"', ["mcp.servers:", "'X_y'", "lower-case letters"]),
+    ('[mcp.servers.X_y]\nurl = "http://h/mcp"', ["mcp.servers.X_y:", "'X_y'", "lower-case letters"]),
     ("[mcp.servers.x]", ["mcp.servers.x:", "a url or a command"]),
     ('[mcp.servers.x]\nurl = "http://h/mcp"\ncommand = ["a"]', ["mcp.servers.x:", "a url or a command"]),
     ('[mcp.servers.x]\nurl = "ftp://h"', ["mcp.servers.x:", "http:// or https://"]),
@@ -557,6 +566,37 @@ def test_variables_of_others_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_mistake_on_the_command_line() -> None:
     assert "server.port:" in refusal(server={"port": 70000})
+
+
+def test_a_file_of_certificates_that_has_none(authority: Authority) -> None:
+    """It is found before the gateway serves, and not by each request."""
+    Path("empty.pem").touch()
+    Path("folder.pem").mkdir()
+    for name, said in (
+        ("empty.pem", "holds no certificates"),
+        (str(authority.folder / "ca.key"), "holds no certificates"),
+        ("folder.pem", "folder.pem"),
+    ):
+        message = refusal(f'[providers.openai]\nca_file = "{name}"')
+        assert message.startswith("providers.openai.ca_file: ") and said in message
+
+
+def test_all_names_that_cannot_be_are_reported_beside_all_else() -> None:
+    provider = 'kind = "openai"\nbase_url = "http://x"\n'
+    names = "".join(f'[providers."{name}"]\n{provider}' for name in ("API", "metrics", "a b"))
+    lines = refusal(
+        f'{names}[server]\nport = "x"\n[mcp.servers.X_y]\nurl = "http://h/mcp"\n[mcp.servers.Z]\nurl = "h"'
+    ).splitlines()
+    keys = [line.partition(": ")[0] for line in lines]
+    assert keys == [
+        "server.port",
+        "providers.API",
+        "providers.metrics",
+        "providers.a b",
+        "mcp.servers.X_y",
+        "mcp.servers.Z",
+        "mcp.servers.Z",
+    ]
 
 
 def test_a_file_that_is_not_there_or_cannot_be_read(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from click.testing import CliRunner
 from aibridge.cli import main
 from aibridge.config import ConfigurationError, Settings, load
 from aibridge.process import _OPEN_FILES
+from aibridge.settings import DatabaseSettings
 from tests.support.gateway import Gateway
 
 ROOT: Final = Path(__file__).parent.parent
@@ -155,7 +156,8 @@ def test_the_settings_of_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (tmp_path / name).write_text(keys.pop(name))
     environment = environment_of("aibridge.service", tmp_path) | environment_of("keys.conf", tmp_path)
     settings = loaded(environment, monkeypatch)
-    assert settings.database.path == Path("/var/lib") / setting("aibridge.service", "StateDirectory") / "aibridge.db"
+    assert setting("aibridge.service", "WorkingDirectory") == f"%S/{setting('aibridge.service', 'StateDirectory')}"
+    assert settings.database == DatabaseSettings(), "in that directory, unless the file says otherwise"
     assert {provider.name: provider.api_key for provider in settings.enabled_providers()} == {
         "anthropic": "key-a",
         "openai": "key-o",
@@ -267,7 +269,21 @@ def test_the_settings_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
         {"AIBRIDGE_IDENTITY__HEADER": "X-User", "AIBRIDGE_IDENTITY__TRUSTED_PROXIES": "10.0.0.0/8"}, monkeypatch
     )
     assert str(settings.server.port) == of("EXPOSE")[0]
-    assert settings.database.path.parent == Path(of("VOLUME")[0]) and settings.log.format == "json"
+    assert settings.database == DatabaseSettings() and of("WORKDIR")[-1] == of("VOLUME")[0], "the ledger is in the volume"
+
+
+def test_the_image_fixes_what_the_guide_says() -> None:
+    """All else is for the configuration file to say, as docs/configuration.md shows it."""
+    (sentence,) = re.findall(r"\*\*What the image fixes\*\*(.*?)Nothing else", GUIDE.read_text(), re.DOTALL)
+    fixed = {name.removeprefix("AIBRIDGE_").replace("__", ".").lower() for name in settings_of_the_image()}
+    assert fixed == set(re.findall(r"`(\w+\.\w+)`", sentence))
+
+
+def test_the_units_fix_what_the_guide_says() -> None:
+    """`test_systemd` has the socket."""
+    assert "Environment" not in [name for name, _ in assignments("aibridge.service")]
+    names = [value.partition("=")[0] for name, value in assignments("keys.conf") if name == "Environment"]
+    assert len(names) == 2 and all(name.endswith("__API_KEY__FILE") for name in names)
 
 
 def health_check(port: int) -> int:

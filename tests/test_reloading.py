@@ -119,6 +119,34 @@ async def test_nothing_is_taken_over_where_the_file_cannot_be_used(caplog: pytes
     assert configuration.settings is taken[1] and configuration.notes == ()
 
 
+async def test_what_needs_a_restart_is_noted_until_there_is_one() -> None:
+    """A reload that fails behind it changes nothing about that."""
+    new = settings(log={"content": True})
+    taken: list[Settings] = []
+
+    def load() -> Settings:
+        if len(taken) == 1 and "could not be reloaded" not in configuration.notes[0]:
+            raise ConfigurationError("wrong")
+        return settings() if taken else new
+
+    async def take_over(read: Settings) -> None:
+        taken.append(read)
+        if len(taken) == 2:
+            raise OSError("no room")
+
+    pending = "changed, and needs a restart: log.content"
+    configuration = Configuration(settings(), load)
+    assert configuration.noted("listening") == "listening"
+    await configuration.reload(take_over)
+    assert list(configuration.notes) == [pending] and configuration.noted("listening") == f"listening; {pending}"
+    for said in ("could not be reloaded", "could not be taken over"):
+        await configuration.reload(take_over)
+        failure, also = list(configuration.notes)
+        assert said in failure and also == pending
+    await configuration.reload(take_over)
+    assert list(configuration.notes) == []
+
+
 # ---- the server ----
 
 
@@ -252,8 +280,9 @@ async def test_a_worker_that_cannot_take_it_over_says_so(caplog: pytest.LogCaptu
     server = Server(settings(), recorder=MemoryRecorder())
     service = Failing(server, settings(), shared=True)
     await take_over(service, Reload(1, settings(), ("a note",)))
-    assert server.notes == ("a note",) and not caplog.text, "nothing has changed for it"
-    await take_over(service, Reload(2, settings(limits={"max_body_bytes": 5}), ()))
+    assert list(server.notes) == ["a note"] and not caplog.text, "nothing has changed for it"
+    await take_over(service, Reload(2, settings(limits={"max_body_bytes": 5}), ("a note",)))
+    assert list(server.notes[1:]) == ["a note"]
     assert "could not be taken over" in server.notes[0] and "no room" in caplog.text
 
 

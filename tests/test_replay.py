@@ -291,6 +291,7 @@ async def test_a_request_that_was_cut_is_refused(site: Site) -> None:
     assert dump.request.truncated == "length"
     done = await replay(dump.path, "--config", site.config)
     assert done.status == 2 and "cut" in done.said and "max_dump_bytes" in done.said
+    assert done.said.count("cannot be sent again") == 1
     assert len(site.requests) == 1
 
 

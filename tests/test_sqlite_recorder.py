@@ -752,5 +752,6 @@ async def test_it_does_not_start_on_a_database_that_stays_locked(path: Path, mon
         pass
     with database(path) as other:
         other.execute("BEGIN IMMEDIATE")
-        async with not_started(path, writer_module.StoreUnavailable, "locked"):
+        said = f"^the database {path} cannot be written: database is locked$"
+        async with not_started(path, writer_module.StoreUnavailable, said):
             pass

@@ -106,7 +106,9 @@ def test_a_socket_that_strangers_reach_needs_an_identity(tmp_path: Path) -> None
             timeout=60,
             check=False,
         )
+        port = listener.getsockname()[1]
     assert done.returncode == 1 and "requests must be authenticated" in done.stderr
+    assert f"'0.0.0.0' port {port} (server.host, or a socket that was handed over)" in done.stderr
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -281,6 +283,22 @@ def test_a_service_is_ready_again_when_all_of_it_is(manager: Manager, tmp_path: 
         assert manager.states() == ["READY", "RELOADING"]
         (tmp_path / "go").touch()
         wait_until(lambda: manager.states() == ["READY", "RELOADING", "READY"], "it does not reload")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_reload_that_fails_is_in_the_status(manager: Manager, workers: int) -> None:
+    """READY=1 ends every reload: sd_notify(3) knows none that has failed."""
+    with Gateway(env={"NOTIFY_SOCKET": manager.address, "AIBRIDGE_SERVER__WORKERS": str(workers)}) as gateway:
+        wait_until(lambda: manager.states() == ["READY"], "it is not ready")
+        gateway.configure("[server]\nprot = 1\n")
+        gateway.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: manager.states() == ["READY", "RELOADING", "READY"], "it does not reload")
+        first, second = (message["STATUS"] for message in manager.told if "READY" in message)
+        assert second.startswith(f"{first}; the configuration could not be reloaded at ")
+        gateway.configure("")
+        gateway.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: manager.states()[3:] == ["RELOADING", "READY"], "it does not reload again")
+        assert manager.told[-1]["STATUS"] == first
 
 
 def test_a_service_that_hangs_gives_no_sign(manager: Manager) -> None:

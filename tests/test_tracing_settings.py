@@ -5,6 +5,7 @@ count where `tracing.endpoint` is not given, and what of them we take, is our ch
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,19 +13,20 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from aibridge.check import describe
+from aibridge.check import describe, traces
 from aibridge.config import Settings
 from aibridge.otelenv import traces_endpoint, traces_headers
 from aibridge.settings import TracingSettings
 from tests.serving import settings
+from tests.support.gateway import Gateway
 
 SECRET = "s3cret-of-the-collector"
 
 
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("ENDPOINT", "TRACES_ENDPOINT", "HEADERS", "TRACES_HEADERS", "PROTOCOL", "TRACES_PROTOCOL"):
-        monkeypatch.delenv(f"OTEL_EXPORTER_OTLP_{name}", raising=False)
+    for name in [name for name in os.environ if name.startswith("OTEL_")]:
+        monkeypatch.delenv(name)
 
 
 def test_off_by_default() -> None:
@@ -110,6 +112,62 @@ def test_the_endpoint_of_the_environment(variables: dict[str, str], endpoint: st
 def test_the_environment_can_switch_its_endpoint_off(name: str, value: str, *, on: bool) -> None:
     found = traces_endpoint({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c", name: value})
     assert (found is not None) is on
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({}, "none are sent: there is no endpoint"),
+        ({"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, "none are sent: there is no endpoint"),
+        ({"ENDPOINT": "https://c:4318/key-in-a-path"}, "https://c:4318, sample ratio 1"),
+        (
+            {"ENDPOINT": "http://c", "OTEL_TRACES_SAMPLER": "always_off"},
+            "http://c, sampled by OTEL_TRACES_SAMPLER=always_off",
+        ),
+        ({"ENDPOINT": "c:4317"}, "none are sent: the endpoint in OTEL_EXPORTER_OTLP_* is no http:// or https:// URL"),
+        ({"ENDPOINT": "http://c", "OTEL_SDK_DISABLED": "true"}, "none are sent: OTEL_SDK_DISABLED is true"),
+        (
+            {"ENDPOINT": "http://c", "OTEL_TRACES_EXPORTER": "console"},
+            "none are sent: OTEL_TRACES_EXPORTER is 'console', not 'otlp'",
+        ),
+        (
+            {"ENDPOINT": "http://c", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"},
+            "none are sent: OTEL_EXPORTER_OTLP_PROTOCOL is 'grpc', and the gateway speaks http/protobuf only",
+        ),
+    ],
+)
+def test_where_traces_go_is_said(variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT" if name == "ENDPOINT" else name, value)
+    assert traces(Settings()) == said
+
+
+def test_a_configured_endpoint_that_the_sdk_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The SDK's tracers draw nothing with this variable, whoever made them (OpenTelemetry, "SDK variables")."""
+    given = settings(tracing={"endpoint": "http://c", "sample_ratio": 0.1})
+    assert traces(given) == "http://c, sample ratio 0.1"
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    assert traces(given) == "none are sent: OTEL_SDK_DISABLED is true"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("variable", "line"),
+    [
+        ({}, ("info", "traces go to http://127.0.0.1:9, sample ratio 1")),
+        (
+            {"OTEL_TRACES_EXPORTER": "console"},
+            ("warning", "no traces are sent: OTEL_TRACES_EXPORTER is 'console', not 'otlp'"),
+        ),
+    ],
+)
+def test_the_gateway_says_it_once(variable: dict[str, str], line: tuple[str, str], workers: int) -> None:
+    variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9/secret", "AIBRIDGE_SERVER__WORKERS": str(workers)}
+    variables["AIBRIDGE_LOG__FORMAT"] = "json"
+    with Gateway(env=variables | variable) as gateway:
+        gateway.stop()
+        logged = [json.loads(line) for line in gateway.output.splitlines()]
+    assert [(one["level"], one["message"]) for one in logged if "traces" in one["message"]] == [line]
 
 
 def test_headers_of_the_environment() -> None:

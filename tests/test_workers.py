@@ -304,6 +304,8 @@ async def test_a_worker_that_is_told_to_stop_lets_its_streams_end(provider: Thre
             gate.set()
             assert all([await stream.ends() for open_ in streams.values() for stream in open_])
             await until(lambda: gateway.output.count("worker 2 is ready") == 2, "no worker has taken the place")
+        (line,) = (line for line in gateway.output.splitlines() if "ended with status 0; it is replaced" in line)
+        assert " INFO " in line, "it is how the gateway is restarted without a failed request, and nobody need look"
 
 
 async def test_a_worker_that_hangs_is_replaced(provider: ThreadedProvider) -> None:

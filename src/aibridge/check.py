@@ -30,6 +30,12 @@ def describe(settings: Settings) -> str:
     return "\n".join(_tables(settings.model_dump(mode="json", exclude_none=True), ()))
 
 
+def traces(settings: Settings) -> str:
+    """Where traces go, or why there are none."""
+    tracing = settings.tracing
+    return tracing.destination or f"none are sent: {tracing.unused or 'there is no endpoint'}"
+
+
 def _tables(tree: dict[str, Any], path: tuple[str, ...]) -> Iterator[str]:
     values = {key: value for key, value in tree.items() if not isinstance(value, dict)}
     if values:

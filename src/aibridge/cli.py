@@ -61,9 +61,10 @@ def serve(config: Path | None, host: str | None, port: int | None, workers: int 
 def check(config: Path | None, timeout: float) -> None:
     """Print the effective configuration, and see whether each provider answers."""
     settings = _load(config)
-    from aibridge.check import describe, probe  # noqa: PLC0415
+    from aibridge.check import describe, probe, traces  # noqa: PLC0415
 
     click.echo(describe(settings))
+    click.echo(f"traces: {traces(settings)}\n")
     problems = 0
     for provider, answer in asyncio.run(probe(settings, timeout)):
         problems += not answer.ok

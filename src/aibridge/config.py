@@ -29,7 +29,7 @@ from pydantic_settings import (
 )
 
 from aibridge.mcp.settings import McpServer
-from aibridge.providers import Provider, check_name
+from aibridge.providers import Provider
 from aibridge.settings import (
     DatabaseSettings,
     DumpSettings,
@@ -38,6 +38,7 @@ from aibridge.settings import (
     LogSettings,
     McpServerSettings,
     McpSettings,
+    ProviderName,
     ProviderSettings,
     ServerSettings,
     TracingSettings,
@@ -75,7 +76,7 @@ class Settings(BaseSettings):
     upstream: UpstreamSettings = UpstreamSettings()
     dumps: DumpSettings = DumpSettings()
     tracing: TracingSettings = Field(default_factory=TracingSettings)
-    providers: dict[str, ProviderSettings] = Field(default_factory=dict, validate_default=True)
+    providers: dict[ProviderName, ProviderSettings] = Field(default_factory=dict, validate_default=True)
     mcp: McpSettings = McpSettings()
 
     @classmethod
@@ -112,13 +113,6 @@ class Settings(BaseSettings):
                     provider.setdefault("api_key", key)
         return providers
 
-    @field_validator("providers")
-    @classmethod
-    def _have_names(cls, providers: dict[str, ProviderSettings]) -> dict[str, ProviderSettings]:
-        for name in providers:
-            check_name(name)
-        return providers
-
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
         self.check_together()
@@ -135,14 +129,19 @@ class Settings(BaseSettings):
                 )
         if not self.server.on_loopback and self.identity.header is None:
             raise ValueError(
-                f"server.host {self.server.host!r} can be reached by others, so requests must be authenticated: set"
-                " identity.header and identity.trusted_proxies, or bind to 127.0.0.1"
+                f"{self._where} can be reached by others, so requests must be authenticated: set identity.header and"
+                " identity.trusted_proxies, or listen on 127.0.0.1"
             )
         if not self.server.on_loopback and not self.identity.trusted_proxies:
             raise ValueError(
                 "identity.trusted_proxies must name the networks of the proxies that may set identity.header, such as"
-                f' ["10.0.0.0/8"], because server.host {self.server.host!r} can be reached by others'
+                f' ["10.0.0.0/8"], because {self._where} can be reached by others'
             )
+
+    @property
+    def _where(self) -> str:
+        """What is listened on, for people, who may have said nothing of an address."""
+        return f"{self.server.host!r} port {self.server.port} (server.host, or a socket that was handed over)"
 
     def _serves(self, url: str) -> bool:
         """Whether a URL leads to this very server."""
@@ -230,7 +229,7 @@ def load(file: Path | None = None, **overrides: Mapping[str, Any]) -> Settings:
 
 def _explain(error: "ErrorDetails") -> str:
     """One line for one error: the key, what is wrong, what would be valid. Values are not quoted, they may be secret."""
-    key = ".".join(map(str, error["loc"]))
+    key = ".".join(str(part) for part in error["loc"] if part != "[key]")  # so pydantic says that a name is wrong
     if error["type"] == "extra_forbidden":
         valid = ", ".join(sorted(_keys_beside(error["loc"])))
         return f"{key}: there is no such setting; valid here: {valid}"

@@ -359,7 +359,7 @@ def read_request(path: Path) -> DumpedRequest:
         if not _LENGTH.fullmatch(fields.get("content-length", "")):
             raise Unusable("its request was never written to the end: it may be under way still, or the process has died")
         if why := fields.get("warc-truncated"):
-            raise Unusable(f"its request was cut ({_CUTS.get(why, why)}), so it cannot be sent again")
+            raise Unusable(f"its request was cut ({_CUTS.get(why, why)})")
         length = int(fields["content-length"])
         if os.fstat(file.fileno()).st_size - file.tell() < length:
             raise Unusable("the file ends inside of its request")

@@ -16,6 +16,7 @@ import socket
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -175,6 +176,7 @@ def serve(settings: Settings, load: Load, inherited: Sequence[socket.socket] = (
     configuration = Configuration(settings, load)
     with logging_to_stderr(**settings.log.model_dump()) as log:
         listeners = inherited or bound_or_exit(settings)
+        say_where_traces_go(settings)
         server = Server(settings, observers=[log])
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -200,21 +202,23 @@ async def _serve(
     with notifier.signs_of_life():
         if await service.start(listeners, orders):
             logger.info(where)
-            await obey(orders, notifier, where, reload)
+            await obey(orders, notifier, partial(configuration.noted, where), reload)
             service.drain()
             await drained(service.settings, orders)
             await service.stop(orders.hurry)
     return orders.signal
 
 
-async def obey(orders: Orders, notifier: Notifier, status: str, reload: Callable[[], Coroutine[Any, Any, object]]) -> None:
-    """Reload where that is ordered, until there is the order to stop; and tell the service manager."""
-    notifier.ready(status)
+async def obey(
+    orders: Orders, notifier: Notifier, status: Callable[[], str], reload: Callable[[], Coroutine[Any, Any, object]]
+) -> None:
+    """Reload where that is ordered, until there is the order to stop; and tell the service manager its `status`."""
+    notifier.ready(status())
     while await orders.unless_stopped(orders.reload.wait()):
         orders.reload.clear()
         notifier.reloading()
         await orders.unless_stopped(reload())
-        notifier.ready(status)
+        notifier.ready(status())
     notifier.stopping(SHUTTING_DOWN)
 
 
@@ -244,6 +248,14 @@ def _keep_descriptors() -> None:
         if descriptor > sys.stderr.fileno():
             with suppress(OSError):  # the one that the listing took
                 os.set_inheritable(descriptor, False)  # noqa: FBT003  it has no name
+
+
+def say_where_traces_go(settings: Settings) -> None:
+    """OpenTelemetry's own variables, which others set, may have switched them on, or off."""
+    if settings.tracing.unused is not None:
+        logger.warning("no traces are sent: %s", settings.tracing.unused)
+    elif settings.tracing.destination is not None:
+        logger.info("traces go to %s", settings.tracing.destination)
 
 
 def bound_or_exit(settings: Settings) -> list[socket.socket]:

@@ -101,19 +101,22 @@ def check_name(name: str) -> None:
 
 def check_base_url(url: str) -> None:
     """Raises ValueError for a base URL that requests cannot be sent to. The message does not quote it."""
-    wrong = ValueError("must be an http:// or https:// URL without a query")
+    wrong = "must be an http:// or https:// URL without a query"
     try:
         parts = urlsplit(url)
         _ = parts.port  # raises where it is none
     except ValueError:
-        raise wrong from None
+        raise ValueError(wrong) from None
     odd = any(character.isspace() or not character.isprintable() for character in url)
+    problems = []
     if odd or parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise wrong
-    if not parts.hostname.isascii():
-        raise ValueError("must name its host in ASCII (an international name in its xn-- form)")
+        problems.append(wrong)
+    if not (parts.hostname or "").isascii():
+        problems.append("must name its host in ASCII (an international name in its xn-- form)")
     if parts.username or parts.password:
-        raise ValueError("must not hold credentials; use api_key")
+        problems.append("must not hold credentials; use api_key")
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 @dataclass(frozen=True, slots=True)

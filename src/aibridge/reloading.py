@@ -17,6 +17,7 @@ Load = Callable[[], Settings]
 _SECTIONS: Final = ("identity", "limits", "mcp", "providers")
 _OF_LOG: Final = ("level",)
 _OF_SERVER: Final = ("allowed_hosts", "drain_delay", "shutdown_grace", "worker_timeout")
+_SEE_LOG: Final = "the log says why; the old one still holds"
 
 
 class Configuration:
@@ -29,6 +30,7 @@ class Configuration:
         self.attempts = 0
         """How often they were read anew, whatever came of it."""
         self._load = load
+        self._pending: tuple[str, ...] = ()
 
     async def reload(self, take_over: Callable[[Settings], Awaitable[None]]) -> None:
         """Read the configuration, and have what can be changed of it taken over. Where that fails, the old one still holds.
@@ -44,16 +46,20 @@ class Configuration:
             for line in str(error).splitlines():
                 logger.error("the configuration cannot be used: %s", line)  # noqa: TRY400  it says it all
             logger.error("not reloaded, the old configuration still holds")  # noqa: TRY400
-            self.notes = (f"the configuration could not be reloaded at {when}, the log says why; the old one still holds",)
+            self.notes = (f"the configuration could not be reloaded at {when}, {_SEE_LOG}", *self._pending)
         except Exception:
             logger.exception("not reloaded, the old configuration still holds: the new one could not be taken over")
-            self.notes = (f"the configuration could not be taken over at {when}, the log says why; the old one still holds",)
+            self.notes = (f"the configuration could not be taken over at {when}, {_SEE_LOG}", *self._pending)
         else:
             self.settings = settings
-            self.notes = (f"changed, and needs a restart: {', '.join(fixed)}",) if fixed else ()
+            self.notes = self._pending = (f"changed, and needs a restart: {', '.join(fixed)}",) if fixed else ()
             logger.info("the configuration was reloaded")
             if fixed:
                 logger.warning("changes that need a restart: %s", ", ".join(fixed))
+
+    def noted(self, status: str) -> str:
+        """A status, with the notes behind it."""
+        return "; ".join((status, *self.notes))
 
 
 def renewed(old: Settings, new: Settings) -> tuple[Settings, list[str]]:

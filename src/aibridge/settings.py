@@ -3,12 +3,14 @@
 import ipaddress
 import os
 import re
-from collections.abc import Mapping
+import ssl
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -26,8 +28,8 @@ from aibridge.ledger import WhenUnrecordable
 from aibridge.limits import MAX_BODY_BYTES, MAX_HEADER_BYTES, Limits
 from aibridge.loglines import LogFormat, LogLevel
 from aibridge.mcp.settings import McpServer, check_name as check_server_name
-from aibridge.otelenv import traces_endpoint, traces_headers
-from aibridge.providers import OnDisconnect, check_base_url
+from aibridge.otelenv import endpoint_unused, sampling, sdk_disabled, traces_endpoint, traces_headers
+from aibridge.providers import OnDisconnect, check_base_url, check_name
 from aibridge.retries import RetryRules
 from aibridge.wire.turns import UsagePolicy
 
@@ -60,7 +62,18 @@ def _resolve_secret(value: object) -> object:
     return secret
 
 
+def _checked_by(check: Callable[[str], None]) -> Callable[[str], str]:
+    def checked(name: str) -> str:
+        check(name)
+        return name
+
+    return checked
+
+
 Secret = Annotated[SecretStr, BeforeValidator(_resolve_secret)]
+
+ProviderName = Annotated[str, AfterValidator(_checked_by(check_name))]
+McpServerName = Annotated[str, AfterValidator(_checked_by(check_server_name))]
 
 
 def _listed(value: object) -> object:
@@ -227,9 +240,17 @@ class ProviderSettings(_Section):
 
     @field_validator("ca_file")
     @classmethod
-    def _is_a_file(cls, path: Path | None) -> Path | None:
-        if path is not None and not path.is_file():
-            raise ValueError(f"there is no file {path}")
+    def _holds_certificates(cls, path: Path | None) -> Path | None:
+        if path is None:
+            return None
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+        except FileNotFoundError:
+            raise ValueError(f"there is no file {path}") from None
+        except ssl.SSLError:
+            raise ValueError(f"the file {path} holds no certificates in PEM that can be read") from None
+        except OSError as error:
+            raise ValueError(f"the file {path} cannot be read ({type(error).__name__})") from None
         return path
 
 
@@ -242,6 +263,12 @@ class IdentitySettings(_Section):
     trusted_proxies: Listed = Field(
         default=(), description="networks (CIDR) from which that header is believed; loopback where none are given"
     )
+
+    @model_validator(mode="after")
+    def _has_a_header_to_believe(self) -> Self:
+        if self.trusted_proxies and self.header is None:
+            raise ValueError("trusted_proxies does nothing without header, which names the user; set that, too")
+        return self
 
     @field_validator("trusted_proxies")
     @classmethod
@@ -331,6 +358,19 @@ class TracingSettings(_Section):
                 raise ValueError(f"{name!r} is not the name of a header field")
         return headers
 
+    @property
+    def unused(self) -> str | None:
+        """Why no traces are sent though an endpoint is named, for people; None where they are, or where none is."""
+        return endpoint_unused(os.environ) if self.endpoint is None else sdk_disabled(os.environ)
+
+    @property
+    def destination(self) -> str | None:
+        """Where traces go and how many, for people: scheme and host, no path, which may be a key. None without traces."""
+        if self.endpoint is None or self.unused is not None:
+            return None
+        parts = urlsplit(self.endpoint)
+        return f"{parts.scheme}://{parts.netloc}, {sampling(self.sample_ratio, os.environ)}"
+
 
 class McpServerSettings(_Section):
     """``[mcp.servers.NAME]``"""
@@ -399,7 +439,7 @@ class McpSettings(_Section):
         default=30.0, gt=0, description="how long after its last use the hidden part of a conversation is kept"
     )
     history_max_bytes: int = Field(default=2**30, gt=0, description="how much of it is kept, the oldest goes first")
-    servers: dict[str, McpServerSettings] = Field(default_factory=dict)
+    servers: dict[McpServerName, McpServerSettings] = Field(default_factory=dict)
 
     @field_validator("skip_models")
     @classmethod
@@ -410,10 +450,3 @@ class McpSettings(_Section):
             except re.error as error:
                 raise ValueError(f"{expression!r} is not a regular expression: {error}") from None
         return expressions
-
-    @field_validator("servers")
-    @classmethod
-    def _have_names(cls, servers: dict[str, McpServerSettings]) -> dict[str, McpServerSettings]:
-        for name in servers:
-            check_server_name(name)
-        return servers

@@ -22,6 +22,8 @@ import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -32,7 +34,18 @@ from aibridge.config import Settings
 from aibridge.httpserver import shared, stop_handshakes
 from aibridge.logs import logging_to_stderr, set_level
 from aibridge.multiprocess import forget_gauges
-from aibridge.process import CANNOT_START, CannotStart, Orders, bound_or_exit, drained, end_by, obey, prepare, urls
+from aibridge.process import (
+    CANNOT_START,
+    CannotStart,
+    Orders,
+    bound_or_exit,
+    drained,
+    end_by,
+    obey,
+    prepare,
+    say_where_traces_go,
+    urls,
+)
 from aibridge.reloading import Configuration, Load
 from aibridge.systemd import Notifier
 from aibridge.worker import SIGNALS, Answer, Drain, Hurry, Job, Order, Ping, Reload, Serving, Stop, TakenOver, Unable, work
@@ -60,6 +73,7 @@ def serve(settings: Settings, load: Load, inherited: Sequence[socket.socket] = (
     count = settings.server.workers
     with logging_to_stderr(**settings.log.model_dump()):
         listeners = inherited or bound_or_exit(settings)
+        say_where_traces_go(settings)
         try:
             groups = [list(inherited)] * count if inherited else _shared(listeners, count)
             with metrics_directory() as metrics, asyncio.Runner() as runner:
@@ -114,7 +128,7 @@ class _Supervisor:
                     logger.info("told to stop before the start was complete")
                 elif starting.exception() is None:
                     logger.info(where)
-                    await obey(orders, notifier, where, self._reload)
+                    await obey(orders, notifier, partial(self._configuration.noted, where), self._reload)
                     await drained(self._configuration.settings, orders)
                 orders.stop.set()  # where one of them cannot start, the others need not
                 self._close()
@@ -177,15 +191,16 @@ class _Place:
             if stop.is_set():
                 return
             if not self.began.done():
-                self.began.set_exception(CannotStart(f"{self._name} {end}"))
+                self.began.set_exception(CannotStart(f"{self._name} {end.how}"))
                 return
             delay = back_off.after(clock() - since)
-            logger.error("%s %s; it is replaced%s", self._name, end, f" in {delay:g} seconds" if delay else "")
+            level = logging.INFO if end.orderly else logging.ERROR
+            logger.log(level, "%s %s; it is replaced%s", self._name, end.how, f" in {delay:g} seconds" if delay else "")
             with suppress(TimeoutError):
                 async with asyncio.timeout(delay):
                     await stop.wait()
 
-    async def _fill(self) -> str:
+    async def _fill(self) -> "_End":
         """The life of one worker. Answers how it ended."""
         ours, theirs = _spawning.Pipe()
         told = self._told()
@@ -196,7 +211,7 @@ class _Place:
                 with theirs, _signals_blocked():
                     process.start()
             except OSError as error:  # such as for want of memory
-                return f"cannot be started: {error}"
+                return _End(f"cannot be started: {error}", orderly=False)
             tasks = [asyncio.create_task(_pass_on(self._orders, process, ours))]
             try:
                 greeting = await self._greeting(process, ours)
@@ -315,10 +330,18 @@ class BackOff:
         return delay
 
 
-def _ended(process: SpawnProcess, greeting: Answer | None) -> str:
+@dataclass(frozen=True, slots=True)
+class _End:
+    """How a worker ended, for people; `orderly` where it was told to, as by SIGTERM."""
+
+    how: str
+    orderly: bool
+
+
+def _ended(process: SpawnProcess, greeting: Answer | None) -> _End:
     code = process.exitcode or 0
     how = f"(process {process.pid}) ended " + (f"by signal {-code}" if code < 0 else f"with status {code}")
-    return f"{how}: {greeting.why}" if isinstance(greeting, Unable) else how
+    return _End(f"{how}: {greeting.why}" if isinstance(greeting, Unable) else how, orderly=code == 0)
 
 
 async def _readable(file: int) -> None:

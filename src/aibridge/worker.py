@@ -130,7 +130,7 @@ async def _work(server: Server, job: Job, supervisor: "Connection[Answer, Order]
     with _listening_to_signals(orders):
         if await service.start(job.listeners, orders):
             supervisor.send(Serving())
-            await obey(orders, Notifier(), "", reload)
+            await obey(orders, Notifier(), str, reload)
             await service.stop(orders.hurry)
 
 
@@ -142,7 +142,7 @@ async def take_over(service: Service, told: Reload) -> None:
             await service.reload(told.settings)
         except Exception:
             logger.exception("the configuration could not be taken over; the old one still holds")
-            notes = ("the configuration could not be taken over, the log says why; the old one still holds",)
+            notes = ("the configuration could not be taken over, the log says why; the old one still holds", *notes)
     service.note(notes)
 
 

@@ -7,7 +7,7 @@ import shutil
 import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -167,16 +167,28 @@ def _leave(_: Path) -> None:
     pass
 
 
-async def _does_not_start(damage: Callable[[Path], None], _: None, scale: Scale) -> Observed:
+def _use(database: Path) -> None:
+    with gateway(database.parent):
+        pass
+
+
+async def _does_not_start(
+    prepare: Callable[[Path], None],
+    meanwhile: Callable[[Path], AbstractContextManager[object]],
+    why: str,
+    _: None,
+    scale: Scale,
+) -> Observed:
     with temporary_folder() as at:
         database = at / "aibridge.db"
-        damage(database)
+        prepare(database)
         before = database.read_bytes()
         try:
-            with gateway(at):
+            with meanwhile(database), gateway(at):
                 return Observed(Outcome("an answer", "?", "?"))
         except RuntimeError as error:
-            client = DOES_NOT_START if "file is not a database" in str(error) else "no answer, and nobody knows why"
+            said = f"the database {database} {why}" in str(error)
+        client = DOES_NOT_START if said else "no answer, and nobody knows why"
         return Observed(Outcome(client, "as it was" if database.read_bytes() == before else "changed"))
 
 
@@ -268,7 +280,14 @@ DATABASES: Final = Chapter(
             partial(_gone, _replace, _delete),
         ),
         Scenario(
-            "the file is garbage at the start", Outcome(DOES_NOT_START, "as it was"), partial(_does_not_start, _replace)
+            "the file is garbage at the start",
+            Outcome(DOES_NOT_START, "as it was"),
+            partial(_does_not_start, _replace, nullcontext, "cannot be opened: file is not a database"),
+        ),
+        Scenario(
+            "locked by another process at the start, for longer than the gateway waits",
+            Outcome(DOES_NOT_START, "as it was"),
+            partial(_does_not_start, _use, locked, "cannot be written: database is locked"),
         ),
         Scenario(
             "SIGKILL in the middle of a group commit",

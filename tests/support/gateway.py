@@ -165,11 +165,11 @@ class Gateway:
         def listening() -> bool:
             if self.process.poll() is not None:
                 raise RuntimeError(f"the gateway ended with status {self.process.returncode}:\n{self.output}")
-            return re.search(r"http://127\.0\.0\.1:(\d+)", self.output[begin:]) is not None
+            return re.search(r"listening on http://127\.0\.0\.1:(\d+)", self.output[begin:]) is not None
 
         try:
             wait_until(listening, "the gateway does not say where it listens", START_SECONDS)
-            found = re.search(r"http://127\.0\.0\.1:(\d+)", self.output[begin:])
+            found = re.search(r"listening on http://127\.0\.0\.1:(\d+)", self.output[begin:])
             assert found is not None
             self.port = int(found[1])
             self.url = f"http://127.0.0.1:{self.port}"

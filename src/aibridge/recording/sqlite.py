@@ -193,7 +193,7 @@ class SqliteStore:
                 instances = _encode(alive()).decode()
                 return database.execute(_INTERRUPT, (_time(datetime.now(UTC)), instances)).rowcount
         except (sqlite3.Error, OSError) as error:
-            raise StoreUnavailable(str(error)) from error
+            raise StoreUnavailable(f"the database {self._path} cannot be written: {error}") from error
 
     def close(self) -> None:
         """Disconnect."""
