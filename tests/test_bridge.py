@@ -7,7 +7,7 @@ mounts is tested in the real frameworks.
 import asyncio
 import json
 import sqlite3
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from aibridge.asgi import App, Receive, Scope, Send
 from aibridge.errors import BridgeError, UpstreamError
 from aibridge.events import Event, PassedThrough
 from aibridge.limits import Limits
+from aibridge.records import Record
 from aibridge.upstream import MemoryResponse, MemoryUpstream, UpstreamRequest, UpstreamResponse
 from aibridge.wire.observer import ResponseHead
 from tests.serving import ALICE, Call, call, scope, serving, settings
@@ -391,6 +392,31 @@ async def test_leaving_ends_what_is_under_way(tmp_path: Path) -> None:
         await streaming.over()
         await (await provider.exchange()).client_gone.wait()
     assert rows(tmp_path / "a.db") == [("alice", "interrupted")]
+
+
+async def test_the_recorder_is_left_behind_the_last_record() -> None:
+    """Also where nobody waits for it: the server has run out of patience with a request whose start was not durable yet."""
+    journal: list[str] = []
+    asked, durable = asyncio.Event(), asyncio.Event()
+
+    class Slow(MemoryRecorder):
+        async def __aenter__(self) -> None:
+            pass
+
+        async def __aexit__(self, *_: object) -> None:
+            journal.append("left")
+
+        async def record_together(self, records: Sequence[Record]) -> None:
+            asked.set()
+            await durable.wait()
+            journal.extend(type(record).__name__ for record in records)
+
+    async with RequestBridge([Provider.anthropic()], Slow()) as bridge:
+        request = Call(bridge, as_actor(scope("POST", "/anthropic/v1/messages", [JSON]), ALICE), [REQUEST])
+        await asked.wait()
+        await request.abandon()
+        asyncio.get_running_loop().call_later(0.05, durable.set)
+    assert journal == ["Interception", "InterceptionEnded", "left"]
 
 
 async def test_passthrough_is_observed() -> None:

@@ -80,6 +80,7 @@ class RequestBridge:
         """End what is under way, write the last records, close everything."""
         running = [generation.stopping for generation in self._generations]
         await asyncio.gather(*(stopping.interrupt_all(_LAST_RECORDS_SECONDS) for stopping in running))
+        await self._ledger.settled(_LAST_RECORDS_SECONDS)
         await self._open.aclose()
 
     async def reconfigure(self, providers: Iterable[Provider], *, injection: Injection | None, limits: Limits) -> None:

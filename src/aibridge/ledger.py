@@ -75,6 +75,11 @@ class Ledger:
         task.add_done_callback(self._tasks.discard)
         return task
 
+    async def settled(self, seconds: float) -> None:
+        """Wait for what is being carried out, such as records for which nobody waits, so many seconds at most."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=seconds)
+
 
 def _together(recorder: Recorder) -> Callable[[Sequence[Record]], Awaitable[None]] | None:
     """Not where a subclass has methods of its own for single records, or a wrapper passes this one on: they would be gone
