@@ -24,7 +24,7 @@ CLIENTS_JSON = $(wildcard $(CLIENTS)/package.json)
 NPM = $(shell command -v npm 2>/dev/null)
 
 # What must stay covered to the last line: the core, which is pure (docs/architecture.md).
-CORE = src/aibridge/wire/*,src/aibridge/conversation.py,src/aibridge/merger.py,src/aibridge/commands.py,src/aibridge/records.py,src/aibridge/clients.py,src/aibridge/errors.py,src/aibridge/tools.py,src/aibridge/limits.py,src/aibridge/breakers.py,src/aibridge/retries.py
+CORE = src/aibridge/wire/*,src/aibridge/conversation.py,src/aibridge/merger.py,src/aibridge/commands.py,src/aibridge/records.py,src/aibridge/clients.py,src/aibridge/errors.py,src/aibridge/tools.py,src/aibridge/limits.py,src/aibridge/breakers.py,src/aibridge/retries.py,src/aibridge/summaries.py
 
 # The caller's shell decides neither which modules Python finds nor how the tests run: another active environment,
 # PYTHONPATH, PYTHONHOME and their kind stay outside.

@@ -8,7 +8,6 @@ from typing import Any
 
 from aibridge.asgi import App
 from aibridge.config import Settings
-from aibridge.errors import ProviderKind
 from aibridge.httpserver import bound
 from aibridge.identity import Actor, as_actor
 from aibridge.server import http_server
@@ -25,10 +24,13 @@ def settings(**sections: Mapping[str, Any]) -> Settings:
 
 
 @asynccontextmanager
-async def serving(app: Any, configuration: Settings, *kind_of: Callable[[str], ProviderKind]) -> AsyncIterator[str]:
-    """The HTTP server, configured as ``aibridge serve`` does; the URL that it listens on."""
+async def serving(app: Any, configuration: Settings, *ask_and_tell: Callable[..., Any]) -> AsyncIterator[str]:
+    """The HTTP server, configured as ``aibridge serve`` does; the URL that it listens on.
+
+    `ask_and_tell` are the application's ``kind_of`` and ``refused``, where it has them.
+    """
     (listener,) = bound("127.0.0.1", 0)
-    server = http_server(app, configuration, *kind_of)
+    server = http_server(app, configuration, *ask_and_tell)
     async with app if isinstance(app, AbstractAsyncContextManager) else nullcontext():
         await server.start([listener])
         try:

@@ -20,7 +20,7 @@ from starlette.routing import Mount
 from aibridge import Actor, MemoryRecorder, Provider, RequestBridge, SqliteRecorder, as_actor
 from aibridge.asgi import App, Receive, Scope, Send
 from aibridge.errors import BridgeError, UpstreamError
-from aibridge.events import Event, PassedThrough
+from aibridge.events import Event, PassedThrough, Refused
 from aibridge.limits import Limits
 from aibridge.records import Record
 from aibridge.upstream import MemoryResponse, MemoryUpstream, UpstreamRequest, UpstreamResponse
@@ -135,7 +135,10 @@ async def test_unknown_routes_are_not_forwarded(method: str, path: str) -> None:
     kind = "anthropic" if path.startswith("/anthropic") else "openai"
     expected = "not_found_error" if kind == "anthropic" else "invalid_request_error"
     assert_refused(await call(stage.bridge, scope(method, path), REQUEST), kind, 404, expected)
-    assert not stage.upstream.requests and not stage.recorder.interceptions and not stage.events
+    assert not stage.upstream.requests and not stage.recorder.interceptions
+    name = path.split("/")[1]
+    configured = name if name in ("anthropic", "openai") else ""
+    assert stage.events == [Refused(configured, "alice", "route", "127.0.0.1", "There is no such route on this gateway.")]
 
 
 @pytest.mark.parametrize("path", ["", "*", "x", "//", "/\xff"])

@@ -4,11 +4,12 @@ Truth: wire.md A10 and B2 for shape and type; RFC 9110 for status codes; our own
 """
 
 import json
+from typing import get_args
 
 import pytest
 
 from aibridge import errors
-from aibridge.errors import BridgeError, ProviderKind, error_body, error_type
+from aibridge.errors import BridgeError, ProviderKind, RefusalReason, error_body, error_type
 
 
 def test_anthropics_shape() -> None:
@@ -65,6 +66,7 @@ STATUSES = {
     "UpstreamError": 502,
     "UpstreamTimeout": 504,
     "TooManyRequests": 429,
+    "TooManyUnderWay": 429,
     "Overloaded": 503,
     "Unreachable": 502,
     "ConnectTimeout": 504,
@@ -79,7 +81,31 @@ def test_every_error_has_its_status() -> None:
     assert {error.__name__: error.status for error in found} == STATUSES
 
 
+REASONS = {
+    "BadRequest": "request",
+    "NotAuthenticated": "identity",
+    "Forbidden": "origin",
+    "UnknownRoute": "route",
+    "RequestTimeout": "timeout",
+    "BodyTooLarge": "body",
+    "UpgradeRefused": "upgrade",
+    "TooManyRequests": "rate",
+    "TooManyUnderWay": "actor_concurrency",
+    "Overloaded": "concurrency",
+    "HeadersTooLarge": "head",
+    "RecordingFailed": "recording",
+}
+
+
+def test_every_refusal_has_its_reason() -> None:
+    """Our choice. What has none is about a provider that was asked, or about the gateway itself."""
+    found = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, BridgeError)]
+    assert {error.__name__: error.reason for error in found if error.reason is not None} == REASONS
+    assert set(REASONS.values()) == set(get_args(RefusalReason))
+
+
 def test_an_error_carries_its_words_and_fields() -> None:
     error = BridgeError("Why.", [(b"retry-after", b"1")])
     assert (str(error), error.message, error.headers) == ("Why.", "Why.", ((b"retry-after", b"1"),))
     assert BridgeError("Why.").headers == ()
+    assert (BridgeError("Why.").detail, BridgeError("Why.", detail="How.").detail) == ("Why.", "How.")

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from aibridge.identity import Actor, LocalUser, TrustedProxy, actor_of, as_actor
+from aibridge.errors import NotAuthenticated
+from aibridge.identity import NOBODY, Actor, LocalUser, TrustedProxy, actor_of, as_actor
 
 
 def scope(*fields: tuple[bytes, bytes], client: Any = ("127.0.0.1", 5)) -> dict[str, Any]:
@@ -13,7 +14,11 @@ def scope(*fields: tuple[bytes, bytes], client: Any = ("127.0.0.1", 5)) -> dict[
 
 
 async def actor(proxy: TrustedProxy, *fields: tuple[bytes, bytes], client: Any = ("127.0.0.1", 5)) -> str | None:
-    found = await proxy.authenticate(scope(*fields, client=client))
+    """Whom the proxy names; None where it is refused, or names nobody."""
+    try:
+        found = await proxy.authenticate(scope(*fields, client=client))
+    except NotAuthenticated:
+        return None
     return None if found is None else found.id
 
 
@@ -93,3 +98,23 @@ async def test_the_header_of_a_trusted_proxy(fields: list[tuple[bytes, bytes]], 
     proxy = TrustedProxy("X-User")
     assert await actor(proxy, *fields) == found
     assert proxy.consumes == {b"x-user"}, "whatever comes of it, it does not go to a provider"
+
+
+MALLORY = (b"x-user", b"mallory")
+
+
+@pytest.mark.parametrize(
+    ("fields", "client", "why"),
+    [
+        ([MALLORY], "10.0.0.1", "the header x-user came from a peer that is not a trusted proxy"),
+        ([MALLORY, MALLORY], "10.0.0.1", "the header x-user came from a peer that is not a trusted proxy"),
+        ([(b"x-user", b" ")], "127.0.0.1", "the header x-user came without a value"),
+        ([MALLORY, MALLORY], "127.0.0.1", "the header x-user came more than once"),
+    ],
+)
+async def test_what_is_wrong_with_an_identity(fields: list[tuple[bytes, bytes]], client: str, why: str) -> None:
+    """For the log: which condition failed, and never what the header says. A header that is missing says nothing."""
+    with pytest.raises(NotAuthenticated) as refused:
+        await TrustedProxy("X-User").authenticate(scope(*fields, client=(client, 5)))
+    assert (refused.value.message, refused.value.detail) == (NOBODY, why), "the client learns no more"
+    assert await TrustedProxy("X-User").authenticate(scope(client=(client, 5))) is None

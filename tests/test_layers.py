@@ -85,7 +85,7 @@ LAYERS = [
     ["aibridge.wire.turns"],
     ["aibridge.wire.coding", "aibridge.wire.splicing", "aibridge.wire.sse"],
     ["aibridge.wire.reading"],
-    ["aibridge.breakers", "aibridge.limits", "aibridge.retries"],
+    ["aibridge.breakers", "aibridge.limits", "aibridge.retries", "aibridge.summaries"],
     ["aibridge.errors", "aibridge.tools"],
 ]
 

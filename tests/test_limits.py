@@ -190,7 +190,8 @@ async def test_an_actor_with_too_many_under_way() -> None:
     assert_refused(await stage.ask(), 429, "rate_limit_error")
     assert_refused(await stage.ask(path="/openai/v1/responses"), 429, "rate_limit_error")
     other = await stage.begin(BOB)
-    assert stage.refused == [Refused("anthropic", "ada", "actor_concurrency"), Refused("openai", "ada", "actor_concurrency")]
+    said = ("actor_concurrency", "127.0.0.1", "You have too many requests under way through this gateway.")
+    assert stage.refused == [Refused(name, "ada", *said) for name in ("anthropic", "openai")]  # type: ignore[arg-type]
     stage.gate.set()
     assert [(await one.over()).status for one in (first, other)] == [200, 200]
     assert (await stage.ask()).status == 200

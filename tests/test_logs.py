@@ -12,13 +12,15 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
+from aibridge import logs
+from aibridge.errors import RefusalReason
 from aibridge.events import BreakerChanged, CallBegan, Committed, Event, PassedThrough, RecordLost, Refused, Retried
 from aibridge.loglines import (
     MAX_EXCEPTION,
@@ -356,7 +358,7 @@ async def test_names_from_outside_are_bounded_and_harmless(capture: Callable[...
             begun(**names),
             Committed("i1", 0),
             ended(error=hostile),
-            Refused("p", hostile, "rate"),
+            Refused("p", hostile, "rate", hostile, hostile),
             BreakerChanged("p", "/r", hostile, "open"),
         ):
             observer(event)
@@ -374,7 +376,7 @@ async def test_incidents(capture: Callable[..., Captured]) -> None:
     lines = await told(
         capture(worker=4),
         Retried("i1", "vllm", "503", 0.25),
-        Refused("vllm", "alice", "actor_concurrency"),
+        Refused("vllm", "alice", "actor_concurrency", "10.0.0.7", "You have too many."),
         BreakerChanged("vllm", "/v1/responses", "m-1", "open"),
         BreakerChanged("vllm", "/v1/responses", None, "closed"),
         interceptions=False,
@@ -383,14 +385,56 @@ async def test_incidents(capture: Callable[..., Captured]) -> None:
         assert datetime.fromisoformat(line.pop("time")).tzinfo is not None
         assert (line.pop("logger"), line.pop("worker"), line.pop("provider")) == ("aibridge.events", 4, "vllm")
     retried = {"message": "a call of a provider is tried again", "interception_id": "i1", "reason": "503", "delay_ms": 250.0}
-    refused = {"message": "a request is over a limit", "actor": "alice", "reason": "actor_concurrency"}
+    refused = {"message": "a request is refused", "actor": "alice", "reason": "actor_concurrency"}
     changed = {"message": "a circuit breaker has changed", "route": "/v1/responses"}
     assert lines == [
         {"level": "warning", **retried},
-        {"level": "warning", **refused},
+        {"level": "warning", **refused, "peer": "10.0.0.7", "detail": "You have too many.", "count": 1},
         {"level": "warning", **changed, "model": "m-1", "state": "open"},
         {"level": "info", **changed, "state": "closed"},
     ]
+
+
+def refusal(actor: str = "alice", reason: RefusalReason = "rate", provider: str = "p") -> Refused:
+    return Refused(provider, actor, reason, "10.0.0.7", "Why.")
+
+
+def summary(line: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(line.get(name) for name in ("level", "provider", "actor", "reason", "count"))
+
+
+async def test_refusals_over_and_over(capture: Callable[..., Captured], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our choice: a line at once, then one line for all that followed, when the time is over and at the end."""
+    monkeypatch.setattr(logs, "_REFUSALS_SECONDS", 0.1)
+    captured = capture()
+    observer = EventLog(captured.log)
+    for _ in range(100):
+        observer(refusal())
+    observer(refusal("bob"))
+    observer(refusal("", "identity", ""))
+    await asyncio.sleep(0)
+    at_once = [("warning", "p", "alice", "rate", 1), ("warning", None, None, "identity", 1)]
+    assert [summary(line) for line in captured.lines] == at_once
+    async with asyncio.timeout(10):
+        while len(captured.lines) < 3:
+            await asyncio.sleep(0.01)
+    assert [summary(line) for line in captured.lines[2:]] == [("warning", "p", "bob", "rate", 100)]
+    async with asyncio.timeout(10):
+        while observer._sum_up is not None:
+            await asyncio.sleep(0.01)
+    observer(refusal("cleo"))
+    await asyncio.sleep(0)
+    assert summary(captured.lines[3]) == ("warning", "p", "cleo", "rate", 1), "after a quiet time the next one is new"
+    observer(refusal("cleo"))
+    observer.close()
+    await asyncio.sleep(0)
+    assert [summary(line) for line in captured.lines[4:]] == [("warning", "p", "cleo", "rate", 1)], "none is forgotten"
+
+
+async def test_an_upgrade_that_is_refused_is_no_trouble(capture: Callable[..., Captured]) -> None:
+    """Codex and Copilot try it first each time, and fall back to HTTP (clients.md 4)."""
+    (line,) = await told(capture(), refusal(reason="upgrade"))
+    assert line["level"] == "info"
 
 
 async def test_without_interceptions(capture: Callable[..., Captured]) -> None:

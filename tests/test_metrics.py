@@ -15,6 +15,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from aibridge.breakers import BreakerState
 from aibridge.config import load
+from aibridge.errors import RefusalReason
 from aibridge.events import (
     GIVEN_UP,
     BreakerChanged,
@@ -32,7 +33,6 @@ from aibridge.events import (
     Refused,
     Retried,
 )
-from aibridge.limits import RefusalReason
 from aibridge.metrics import Bounds, Metrics, Sample
 from aibridge.records import (
     Interception,

@@ -49,6 +49,8 @@ class ClientConnection:
         self.headers: Headers = scope["headers"]
         self.path = path_of(scope)
         self.method: str = scope["method"]
+        self.peer = peer_of(scope)
+        """The address that the request came from, or an empty string."""
         self.query: str = scope.get("query_string", b"").decode("latin-1")
         self.started = False
         """The response has begun: from here on an error can only be told in-band."""
@@ -165,6 +167,12 @@ class ClientConnection:
             await self._send(message)
         except OSError:  # since version 2.4 of the ASGI specification servers may say so in this way
             raise ClientDisconnected from None
+
+
+def peer_of(scope: Scope) -> str:
+    """The address that a connection came from; an empty string where it has none, such as a Unix domain socket."""
+    peer = scope.get("client")
+    return str(peer[0]) if peer else ""
 
 
 def path_of(scope: Scope) -> str:

@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from types import TracebackType
 from typing import Final, Self
 
-from aibridge.asgi import ClientConnection, Receive, Scope, Send
+from aibridge.asgi import ClientConnection, Receive, Scope, Send, path_of, peer_of
 from aibridge.breakers import BreakerKey, Breakers, BreakerState
 from aibridge.calling import Dumps, Tracer
 from aibridge.errors import BridgeError, ClientDisconnected, ProviderKind, UpgradeRefused
@@ -121,6 +121,7 @@ class RequestBridge:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
         elif scope["type"] == "websocket":
+            self.refused(_NO_WEBSOCKET, path_of(scope), peer_of(scope))
             await _refuse_websocket(scope, receive, send)
         else:
             await self.serve(ClientConnection(scope, receive, send), actor_of(scope))
@@ -128,6 +129,14 @@ class RequestBridge:
     def kind_of(self, path: str) -> ProviderKind:
         """The kind of the provider that a request is for, which says how an error must look to its client."""
         return self._current.kind_of(path)
+
+    async def refuse(self, client: ClientConnection, error: BridgeError) -> None:
+        """Answer a request that is not served with an error of our own. Observers are told where that is a refusal."""
+        await self._current.refuse(client, error)
+
+    def refused(self, error: BridgeError, path: str, peer: str) -> None:
+        """Tell observers that a request from `peer` was not let in, which somebody else has answered."""
+        self._current.refused(error, path, peer)
 
     async def serve(self, client: ClientConnection, actor: Actor | None) -> None:
         """Serve one request of somebody, and refuse one of nobody."""
@@ -137,7 +146,7 @@ class RequestBridge:
                 raise _NO_WEBSOCKET
             await generation.serve(client, actor)
         except BridgeError as error:
-            await client.refuse(generation.kind_of(client.path), error)
+            await generation.refuse(client, error, actor)
         except ClientDisconnected:
             logger.debug("a client left while its request was read")
 

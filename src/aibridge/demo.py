@@ -70,7 +70,7 @@ async def _gateway(database: Path) -> AsyncIterator[str]:
     settings = Settings(server=ServerSettings(port=0), database=DatabaseSettings(url=f"sqlite:///{database}"))
     (listener,) = bound("127.0.0.1", 0)
     async with Server(settings, upstream=MemoryUpstream(_provider)) as server:
-        http = http_server(server, settings, server.kind_of)
+        http = http_server(server, settings, server.kind_of, server.refused)
         await http.start([listener])
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"

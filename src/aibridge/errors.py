@@ -12,82 +12,122 @@ import msgspec
 
 ProviderKind = Literal["anthropic", "openai"]
 
+RefusalReason = Literal[
+    "request",
+    "identity",
+    "origin",
+    "route",
+    "timeout",
+    "body",
+    "upgrade",
+    "rate",
+    "actor_concurrency",
+    "concurrency",
+    "head",
+    "recording",
+]
+"""Why the bridge did not let a request in: a label of metrics, so these are all."""
+
 
 class BridgeError(Exception):
-    """The bridge cannot or will not do what was asked. `status` is the HTTP status that says so."""
+    """The bridge cannot or will not do what was asked. `status` is the HTTP status that says so.
+
+    `detail` says for whoever runs the bridge what was wrong. Like `message`, it quotes nothing that the client has sent.
+    """
 
     status: ClassVar[int] = 500
+    reason: ClassVar[RefusalReason | None] = None
+    """Where this is a refusal, before a provider was asked: which one."""
 
-    def __init__(self, message: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+    def __init__(self, message: str, headers: Sequence[tuple[bytes, bytes]] = (), *, detail: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.headers = tuple(headers)
+        self.detail = detail or message
 
 
 class BadRequest(BridgeError):
     """The request is not one that a provider could understand."""
 
     status = 400
+    reason = "request"
 
 
 class NotAuthenticated(BridgeError):
     """Nobody is known to be behind the request, or the credential for the bridge is invalid."""
 
     status = 401
+    reason = "identity"
 
 
 class Forbidden(BridgeError):
     """The request comes from where requests must not come from, such as a foreign web page."""
 
     status = 403
+    reason = "origin"
 
 
 class UnknownRoute(BridgeError):
     """No provider route is known at that path: nothing is forwarded that was not allow-listed."""
 
     status = 404
+    reason = "route"
 
 
 class RequestTimeout(BridgeError):
     """The client was too slow to send its request."""
 
     status = 408
+    reason = "timeout"
 
 
 class BodyTooLarge(BridgeError):
     """The request body is over the configured limit."""
 
     status = 413
+    reason = "body"
 
 
 class UpgradeRefused(BridgeError):
     """A WebSocket upgrade. 426 makes Codex and Copilot fall back to HTTP at once (clients.md 4)."""
 
     status = 426
+    reason = "upgrade"
 
 
 class TooManyRequests(BridgeError):
-    """Whoever is behind the request sends too many, or has too many under way."""
+    """Whoever is behind the request sends too many."""
 
     status = 429
+    reason = "rate"
+
+
+class TooManyUnderWay(BridgeError):
+    """Whoever is behind the request has too many under way."""
+
+    status = 429
+    reason = "actor_concurrency"
 
 
 class HeadersTooLarge(BridgeError):
     """The request head is over the configured limit."""
 
     status = 431
+    reason = "head"
 
 
 class RecordingFailed(BridgeError):
     """The ledger cannot be written, so the request is not served (fail closed)."""
 
     status = 503
+    reason = "recording"
 
 
 class Overloaded(BridgeError):
     """The bridge has as many requests under way as it is configured to take."""
 
     status = 503
+    reason = "concurrency"
 
 
 class UpstreamError(BridgeError):

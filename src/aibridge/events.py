@@ -11,7 +11,7 @@ from typing import Final, Literal
 import msgspec
 
 from aibridge.breakers import BreakerState
-from aibridge.limits import RefusalReason
+from aibridge.errors import RefusalReason
 from aibridge.records import Interception, Record
 
 logger = logging.getLogger(__name__)
@@ -136,11 +136,17 @@ class BreakerRejected(msgspec.Struct, frozen=True):
 
 
 class Refused(msgspec.Struct, frozen=True):
-    """A request was not let in: it is over a limit."""
+    """A request was not let in, and no provider was asked. Those that a circuit breaker keeps are not among them.
+
+    `provider_name` and `initiator_id` are empty where the request is for no provider, and where nobody is known to be behind
+    it. `peer` is the address that it came from, empty where it has none. `detail` says in our words what was wrong.
+    """
 
     provider_name: str
     initiator_id: str
     reason: RefusalReason
+    peer: str = ""
+    detail: str = ""
 
 
 class Committed(msgspec.Struct, frozen=True):

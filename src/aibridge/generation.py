@@ -11,9 +11,9 @@ from itertools import chain
 from aibridge.asgi import ClientConnection
 from aibridge.breakers import Breakers
 from aibridge.calling import Caller, Dumps, Tracer
-from aibridge.errors import HeadersTooLarge, NotAuthenticated, ProviderKind, UnknownRoute
+from aibridge.errors import BridgeError, HeadersTooLarge, NotAuthenticated, ProviderKind, UnknownRoute
 from aibridge.events import Refused, notify
-from aibridge.identity import Actor
+from aibridge.identity import NOBODY, Actor
 from aibridge.injection import Injection
 from aibridge.interruptible import Stopping
 from aibridge.ledger import Ledger
@@ -128,8 +128,21 @@ class Generation:
 
     def kind_of(self, path: str) -> ProviderKind:
         """The kind of the provider that a request is for, which says how an error must look to its client."""
-        caller = self._callers.get(path.removeprefix("/").partition("/")[0])
+        caller, _ = self._provider_at(path)
         return "openai" if caller is None else caller.provider.kind
+
+    async def refuse(self, client: ClientConnection, error: BridgeError, actor: Actor | None = None) -> None:
+        """Answer a request with an error of our own. Observers are told where that is a refusal."""
+        self.refused(error, client.path, client.peer, actor)
+        await client.refuse(self.kind_of(client.path), error)
+
+    def refused(self, error: BridgeError, path: str, peer: str, actor: Actor | None = None) -> None:
+        """Tell observers that a request was answered with an error of our own, where that is a refusal."""
+        if error.reason is not None:
+            caller, _ = self._provider_at(path)
+            name = "" if caller is None else caller.provider.name
+            who = "" if actor is None else actor.id
+            notify(self._common.ledger.observers, Refused(name, who, error.reason, peer, error.detail))
 
     async def serve(self, client: ClientConnection, actor: Actor | None) -> None:
         """Serve one request. Raises `BridgeError` where it is refused, `ClientDisconnected`."""
@@ -145,24 +158,23 @@ class Generation:
         if sum(map(len, chain.from_iterable(client.headers))) > self._limits.max_header_bytes:
             raise HeadersTooLarge(f"The request headers are larger than {self._limits.max_header_bytes} bytes.")
         if actor is None:
-            raise NotAuthenticated("Nobody is known to be behind this request.")
+            raise NotAuthenticated(NOBODY, detail="no actor in the scope of the request")
         interceptor = self._interceptors.get(client.path) if client.method == "POST" else None
         if interceptor is None:
             caller, route, path = self._find(client.method, client.path)
-            self._admit(actor, caller.provider, lasts=False)
+            self._admit(actor, lasts=False)
             await self._pass_through(client, actor, caller, route, path)
             return
-        self._admit(actor, interceptor.provider, lasts=True)
+        self._admit(actor, lasts=True)
         try:
             await interceptor.handle(client, actor, stopping=self.stopping)
         finally:
             self._common.admission.leave(actor.id)
 
-    def _admit(self, actor: Actor, provider: Provider, *, lasts: bool) -> None:
+    def _admit(self, actor: Actor, *, lasts: bool) -> None:
         """Let a request in. Raises `TooManyRequests` or `Overloaded`."""
         refusal = self._common.admission.admit(actor.id, self._limits, time.monotonic(), lasts=lasts)
         if refusal is not None:
-            notify(self._common.ledger.observers, Refused(provider.name, actor.id, refusal.reason))
             raise refusal.error
 
     async def _pass_through(self, client: ClientConnection, actor: Actor, caller: Caller, route: Route, path: str) -> None:
@@ -173,9 +185,13 @@ class Generation:
         await pass_through(client, route, adapted, caller=caller, max_body_bytes=self._limits.max_body_bytes)
 
     def _find(self, method: str, path: str) -> tuple[Caller, Route, str]:
-        name, _, rest = path.removeprefix("/").partition("/")
-        caller = self._callers.get(name)
-        route = None if caller is None else caller.provider.route(method, "/" + rest)
+        caller, rest = self._provider_at(path)
+        route = None if caller is None else caller.provider.route(method, rest)
         if caller is None or route is None:
             raise UnknownRoute("There is no such route on this gateway.")
-        return caller, route, "/" + rest
+        return caller, route, rest
+
+    def _provider_at(self, path: str) -> tuple[Caller | None, str]:
+        """What calls the provider that a path is for, if there is one, and the path below its name."""
+        name, _, rest = path.removeprefix("/").partition("/")
+        return self._callers.get(name), "/" + rest

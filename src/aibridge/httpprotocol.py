@@ -61,6 +61,9 @@ class Serving:
     """How long a client may read nothing of what was written."""
     kind_of: Callable[[str], ProviderKind]
     """How an error must look to who has asked for a path, percent-encoded."""
+    refused: Callable[[BridgeError, str, str], None] = lambda *_: None
+    """Is told of what is refused here, before there is a request for the application or in its place: the error, the path,
+    and the client's address. Either is empty where it is not known."""
     connections: "set[HttpProtocol]" = field(default_factory=set)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     when_over: Callable[[], None] = lambda: None
@@ -433,7 +436,9 @@ class HttpProtocol(asyncio.Protocol):
     def _say(self, error: BridgeError, exchange: Exchange | None = None) -> None:
         """Answer with an error of our own, and hang up. Without an exchange it is about the head that came last."""
         path = self._target.partition(b"?")[0] if exchange is None else exchange.scope["raw_path"]
-        body = error_body(self._serving.kind_of(path.decode("latin-1")), error.status, error.message)
+        asked_for = path.decode("latin-1")
+        self._serving.refused(error, asked_for, "" if self._client is None else self._client[0])
+        body = error_body(self._serving.kind_of(asked_for), error.status, error.message)
         bodiless = exchange is not None and exchange.bodiless
         self._transport.write(
             b"%bcontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"

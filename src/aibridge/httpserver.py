@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Final
 
 from aibridge.asgi import App
-from aibridge.errors import ProviderKind
+from aibridge.errors import BridgeError, ProviderKind
 from aibridge.httpprotocol import HttpProtocol, Serving
 
 logger = logging.getLogger(__name__)
@@ -34,8 +34,9 @@ class HttpServer:
 
     `request_seconds` bounds how long a client may take to send a head, and each piece of a body; `keep_alive_seconds` how
     long a connection may be idle; `write_seconds` how long a client may read nothing of what was written. `kind_of` says for
-    a path, percent-encoded, how an error must look to who has asked for it. `shared`: other processes accept from the same
-    sockets, now or when this one has gone.
+    a path, percent-encoded, how an error must look to who has asked for it. `refused` is told of each refusal of the
+    server's own: the error, the path as far as it is known, and the client's address. `shared`: other processes accept from
+    the same sockets, now or when this one has gone.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class HttpServer:
         request_seconds: float = _REQUEST_SECONDS,
         write_seconds: float = _WRITE_SECONDS,
         kind_of: Callable[[str], ProviderKind] = lambda _: "openai",
+        refused: Callable[[BridgeError, str, str], None] = lambda *_: None,
         shared: bool = False,
     ) -> None:
         self._serving = Serving(
@@ -56,6 +58,7 @@ class HttpServer:
             request_seconds,
             write_seconds,
             kind_of,
+            refused,
             when_over=self._look_if_over,
         )
         self._protocol = partial(HttpProtocol, self._serving)

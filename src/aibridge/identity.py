@@ -10,10 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from aibridge.asgi import Scope
+from aibridge.asgi import Scope, peer_of
+from aibridge.errors import NotAuthenticated
 from aibridge.wire.base import Headers
 
 SCOPE_KEY: Final = "aibridge.actor"
+NOBODY: Final = "Nobody is known to be behind this request."
+"""What a client is told that is refused for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,21 +82,30 @@ class TrustedProxy:
         self.consumes = frozenset({self._header})
 
     async def authenticate(self, scope: Scope) -> Actor | None:
-        """The user that the header names, if exactly one header does and a trusted proxy sent it."""
+        """The user that the header names. Raises `NotAuthenticated` unless a trusted proxy sent it, once, with a value."""
         headers: Headers = scope.get("headers", ())
         values = [value.decode("utf-8", "replace").strip() for name, value in headers if name == self._header]
-        if len(values) != 1 or not values[0] or not self._trusts(scope.get("client")):
+        if not values:
             return None
+        if not self._trusts(peer_of(scope)):
+            raise self._invalid("from a peer that is not a trusted proxy")
+        if len(values) > 1:
+            raise self._invalid("more than once")
+        if not values[0]:
+            raise self._invalid("without a value")
         return Actor(values[0])
 
-    def _trusts(self, peer: Sequence[Any] | None) -> bool:
+    def _invalid(self, how: str) -> NotAuthenticated:
+        return NotAuthenticated(NOBODY, detail=f"the header {self._header.decode('latin-1')} came {how}")
+
+    def _trusts(self, peer: str) -> bool:
         try:
-            address = ipaddress.ip_address(str(peer[0]).partition("%")[0]) if peer else None
+            address = ipaddress.ip_address(peer.partition("%")[0])
         except ValueError:  # a Unix domain socket, or a test's client
             return False
         if isinstance(address, ipaddress.IPv6Address):
             address = address.ipv4_mapped or address
-        return address is not None and any(address in network for network in self._networks)
+        return any(address in network for network in self._networks)
 
 
 def _login_name() -> str:

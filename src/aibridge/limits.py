@@ -9,17 +9,14 @@ agents send in bursts. What is refused takes none.
 """
 
 from itertools import islice
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
 
-from aibridge.errors import BridgeError, Overloaded, TooManyRequests, retry_after_field
+from aibridge.errors import BridgeError, Overloaded, RefusalReason, TooManyRequests, TooManyUnderWay, retry_after_field
 
 MAX_BODY_BYTES: Final = 32 * 1024 * 1024
 MAX_HEADER_BYTES: Final = 64 * 1024
-
-RefusalReason = Literal["rate", "actor_concurrency", "concurrency"]
-"""Why a request was not let in: its actor sends too many, has too many under way, or all together have."""
 
 _MINUTE: Final = 60.0
 _ONE: Final = 1 - 1e-9  # who waits for as long as he was told must find a token, however the sums were rounded
@@ -46,10 +43,12 @@ class Refusal(msgspec.Struct, frozen=True):
     @property
     def error(self) -> BridgeError:
         """How its client is told."""
-        kind = Overloaded if self.reason == "concurrency" else TooManyRequests
-        return kind(_WORDS[self.reason], [retry_after_field(self.seconds)])
+        return _KINDS[self.reason](_WORDS[self.reason], [retry_after_field(self.seconds)])
 
 
+_KINDS: Final[dict[RefusalReason | None, type[BridgeError]]] = {
+    kind.reason: kind for kind in (TooManyRequests, TooManyUnderWay, Overloaded)
+}
 _WORDS: Final[dict[RefusalReason, str]] = {
     "rate": "You have sent too many requests through this gateway within a minute.",
     "actor_concurrency": "You have too many requests under way through this gateway.",

@@ -71,12 +71,15 @@ class InterceptionLine(LogLine, omit_defaults=True, kw_only=True, gc=False):
 class IncidentLine(LogLine, omit_defaults=True, kw_only=True, gc=False):
     """Something that an operator may want to know: a retry, a refusal, another state of a circuit breaker."""
 
-    provider: str
+    provider: str | None = None
     route: str | None = None
     model: str | None = None
     actor: str | None = None
+    peer: str | None = None
     interception_id: str | None = None
     reason: str | None = None
+    detail: str | None = None
+    count: int | None = None
     state: str | None = None
     delay_ms: float | None = None
 

@@ -3,7 +3,9 @@
 The latter is an observer of events, like metrics and traces. Its lines hold ids, names, figures and errors: no content.
 """
 
+import asyncio
 import logging
+import math
 import os
 import sys
 import threading
@@ -30,6 +32,7 @@ from aibridge.loglines import (
 )
 from aibridge.logwriter import LineWriter
 from aibridge.records import Interception, InterceptionEnded, TokenUsage, ToolUsage
+from aibridge.summaries import Summaries
 from aibridge.wire.base import error_code
 
 logger = logging.getLogger(__name__)
@@ -51,6 +54,7 @@ _QUIET: Final = {
     "mcp": logging.CRITICAL,
     "opentelemetry.exporter": logging.ERROR,
 }
+_REFUSALS_SECONDS: Final = 10.0
 
 
 class Log(logging.Handler):
@@ -94,8 +98,9 @@ class Log(logging.Handler):
 
 
 class EventLog:
-    """Writes a line when an interception starts and one when it ends, and one for each retry, refusal and change of a
-    circuit breaker. Give it to a `RequestBridge` as an observer.
+    """Writes a line when an interception starts and one when it ends, and one for each retry and change of a circuit
+    breaker. Of refusals there is one line at most in ten seconds for each reason and provider, which says for how many it
+    stands. Give it to a `RequestBridge` as an observer.
 
     What is written of all this is a matter of the level of the logger ``aibridge.events``: of a provider's error the code
     alone, with `content` all of it.
@@ -105,6 +110,8 @@ class EventLog:
         self._log = log
         self._content = content
         self._open: dict[str, InterceptionLine] = {}
+        self._refusals: Summaries[Refused] = Summaries(_REFUSALS_SECONDS)
+        self._sum_up: asyncio.TimerHandle | None = None
         self._tells: dict[type, Callable[[Any], None]] = {
             Retried: self._retried,
             Refused: self._refused,
@@ -125,6 +132,12 @@ class EventLog:
         tell = self._tells.get(type(event))
         if tell is not None:
             tell(event)
+
+    def close(self) -> None:
+        """Write the lines that stand for several refusals and have not come to their time."""
+        self._tell_refusals(math.inf)
+        if self._sum_up is not None:
+            self._sum_up.cancel()
 
     def _tell(self, line: InterceptionLine | IncidentLine) -> None:
         if _events.isEnabledFor(_LEVELS[line.level]):
@@ -201,12 +214,32 @@ class EventLog:
         )
 
     def _refused(self, event: Refused) -> None:
+        if self._refusals.add((event.reason, event.provider_name), event, asyncio.get_running_loop().time()):
+            self._tell_refusal(event, 1)
+            self._sum_up = self._sum_up or self._sum_up_later()
+
+    def _sum_up_later(self) -> asyncio.TimerHandle | None:
+        when = self._refusals.next_due
+        return None if when is None else asyncio.get_running_loop().call_at(when, self._sum_up_refusals)
+
+    def _sum_up_refusals(self) -> None:
+        self._tell_refusals(asyncio.get_running_loop().time())
+        self._sum_up = self._sum_up_later()
+
+    def _tell_refusals(self, now: float) -> None:
+        for event, count in self._refusals.due(now):
+            self._tell_refusal(event, count)
+
+    def _tell_refusal(self, event: Refused, count: int) -> None:
         self._incident(
-            "a request is over a limit",
-            "warning",
-            provider=event.provider_name,
-            actor=plain(event.initiator_id),
+            "a request is refused",
+            "info" if event.reason == "upgrade" else "warning",  # clients try that first, and know what to do
+            provider=event.provider_name or None,
+            actor=plain(event.initiator_id) or None,
+            peer=plain(event.peer) or None,
             reason=event.reason,
+            detail=plain(event.detail, MAX_TEXT) or None,
+            count=count,
         )
 
     def _breaker_changed(self, event: BreakerChanged) -> None:
@@ -239,6 +272,7 @@ def logging_to_stderr(
     try:
         yield events
     finally:
+        events.close()
         log.close()
 
 

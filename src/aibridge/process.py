@@ -115,7 +115,7 @@ class Service:
     def __init__(self, server: Server, settings: Settings, *, shared: bool) -> None:
         self._server = server
         self.settings = settings
-        self._http = http_server(server, settings, server.kind_of, shared=shared)
+        self._http = http_server(server, settings, server.kind_of, server.refused, shared=shared)
 
     async def start(self, listeners: Sequence[socket.socket], orders: Orders) -> bool:
         """Accept clients. Answers whether it does: not where it is told to stop before. Raises `CannotStart`."""

@@ -23,12 +23,12 @@ from aibridge.asgi import App, ClientConnection, Receive, Scope, Send
 from aibridge.bridge import RequestBridge
 from aibridge.config import Settings
 from aibridge.dumps import TrafficDumps
-from aibridge.errors import BridgeError, ProviderKind
+from aibridge.errors import BridgeError, NotAuthenticated, ProviderKind
 from aibridge.events import Observer
 from aibridge.guard import LoopbackGuard
 from aibridge.httpclient import HttpUpstream
 from aibridge.httpserver import HttpServer
-from aibridge.identity import Actor, Authenticator, LocalUser, TrustedProxy
+from aibridge.identity import NOBODY, Actor, Authenticator, LocalUser, TrustedProxy
 from aibridge.injection import Injection
 from aibridge.metrics import Metrics
 from aibridge.recording import Recorder, SqliteApprovals, SqliteHistory, SqliteRecorder
@@ -124,11 +124,15 @@ class Server:
                 case _:
                     await self._bridge.serve(client, await self._identified(client))
         except BridgeError as error:
-            await client.refuse(self.kind_of(client.path), error)
+            await self._bridge.refuse(client, error)
 
     def kind_of(self, path: str) -> ProviderKind:
         """The kind of the provider that a request is for, which says how an error must look to its client."""
         return self._bridge.kind_of(path)
+
+    def refused(self, error: BridgeError, path: str, peer: str) -> None:
+        """The HTTP server has refused a request by itself."""
+        self._bridge.refused(error, path, peer)
 
     async def __aenter__(self) -> Self:
         """Open what the bridge needs."""
@@ -173,11 +177,14 @@ class Server:
         problems = [] if problem is None else [problem]
         return [*problems, "the server is shutting down"] if self.draining else problems
 
-    async def _identified(self, client: ClientConnection) -> Actor | None:
-        """Who is behind a request, which forgets what said so. Without an actor the bridge refuses it."""
+    async def _identified(self, client: ClientConnection) -> Actor:
+        """Who is behind a request, which forgets what said so. Raises `NotAuthenticated`."""
+        names = self._authenticator.consumes
         actor = await self._authenticator.authenticate(client.scope)
-        if self._authenticator.consumes:
-            client.without_headers(self._authenticator.consumes)
+        if actor is None:
+            raise NotAuthenticated(NOBODY, detail=f"no header {b', '.join(sorted(names)).decode('latin-1')}")
+        if names:
+            client.without_headers(names)
         return actor
 
 
@@ -250,10 +257,15 @@ async def _answer(client: ClientConnection, status: int, content_type: bytes, bo
 
 
 def http_server(
-    app: App, settings: Settings, kind_of: Callable[[str], ProviderKind] = lambda _: "openai", *, shared: bool = False
+    app: App,
+    settings: Settings,
+    kind_of: Callable[[str], ProviderKind] = lambda _: "openai",
+    refused: Callable[[BridgeError, str, str], None] = lambda *_: None,
+    *,
+    shared: bool = False,
 ) -> HttpServer:
-    """The HTTP server for an application, as configured. `kind_of` says for a path how an error must look; `shared`, whether
-    other processes accept from the same sockets.
+    """The HTTP server for an application, as configured. `kind_of` says for a path how an error must look, `refused` is told
+    what the server refuses by itself; `shared`: whether other processes accept from the same sockets.
     """
     return HttpServer(
         app,
@@ -262,5 +274,6 @@ def http_server(
         request_seconds=settings.server.request_timeout,
         write_seconds=settings.server.write_timeout,
         kind_of=kind_of,
+        refused=refused,
         shared=shared,
     )

@@ -42,7 +42,7 @@ class Calls:
         self._passed_through = Children(
             make.counter("passthrough_total", "Requests on passthrough routes.", "provider", "route", "method")
         )
-        self._refusals = Children(make.counter("refusals_total", "Requests that were over a limit.", "provider", "reason"))
+        self._refusals = Children(make.counter("refusals_total", "Requests that were not let in.", "provider", "reason"))
         self._reason = Bounded(bounds.label_values)
 
     @property
