@@ -339,8 +339,9 @@ def test_other_events_reach_the_observers_too() -> None:
 
 async def test_a_start_that_cannot_be_recorded_is_refused_and_never_took_place() -> None:
     events: list[Event] = []
-    with pytest.raises(RecordingFailed, match="cannot be recorded"):
+    with pytest.raises(RecordingFailed, match="cannot be recorded") as refused:
         await entry(Failing(Interception), events).start()
+    assert refused.value.headers == ((b"retry-after", b"5"),), "the recorder tries the database again each second"
     assert events == [RecordLost("i", "Interception")]
 
 

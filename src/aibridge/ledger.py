@@ -19,7 +19,7 @@ import msgspec
 import uuid_utils
 
 from aibridge.commands import End
-from aibridge.errors import RecordingFailed
+from aibridge.errors import RecordingFailed, retry_after_field
 from aibridge.events import Committed, HistoryMissed, Observer, RecordLost, notify
 from aibridge.recording.base import Recorder, RecordsLost
 from aibridge.records import (
@@ -318,7 +318,7 @@ class Entry:
             self._lost = self._lost or future.cancelled() or future.exception() is not None
         self._pending.clear()
         if self._lost and self._ledger.when_unrecordable == "refuse":
-            raise RecordingFailed(refusal)
+            raise RecordingFailed(refusal, [retry_after_field(_SOON_SECONDS)])
 
     def _written(self, records: Sequence[Record], future: asyncio.Future[None]) -> None:
         error = asyncio.CancelledError() if future.cancelled() else future.exception()
@@ -345,6 +345,7 @@ class Entry:
 _MAX_ERROR: Final = 2000
 _NOT_SERVED: Final = "The request cannot be recorded at the moment, so it is not served."
 _NOT_ENDED: Final = "The response cannot be recorded at the moment, so it is not brought to its end."
+_SOON_SECONDS: Final = 5.0  # whether the database can be written is tried each second; a disk that is full needs somebody
 
 
 def _unicode(text: bytes) -> bytes:
