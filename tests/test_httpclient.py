@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, suppress
 import pytest
 
 from aibridge import httpclient
-from aibridge.errors import UpstreamError
+from aibridge.errors import ConnectTimeout, Unfinished, UpstreamError, UpstreamTimeout
 from aibridge.httpclient import HttpUpstream
 from aibridge.upstream import Body, UpstreamRequest, UpstreamResponse
 
@@ -52,8 +52,8 @@ async def pieces_of(response: UpstreamResponse) -> AsyncIterator[bytes]:
 
 
 @asynccontextmanager
-async def client(idle_timeout: float = SECONDS) -> AsyncIterator[HttpUpstream]:
-    upstream = HttpUpstream(idle_timeout=idle_timeout)
+async def client(*, idle_timeout: float = SECONDS, **timeouts: float) -> AsyncIterator[HttpUpstream]:
+    upstream = HttpUpstream(idle_timeout=idle_timeout, **timeouts)
     try:
         yield upstream
     finally:
@@ -305,3 +305,62 @@ async def test_what_could_not_be_connected_was_not_opened() -> None:
             with pytest.raises(UpstreamError):
                 await upstream.send(UpstreamRequest("GET", f"http://127.0.0.1:{nobody.getsockname()[1]}", []))
             assert upstream.connections() == {}
+
+
+# ---- which of its times is over, and how far a request has come: whoever sets timeouts has to know ----
+
+LARGE = bytes(20_000_000)
+BEGUN = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nbegun"
+
+
+async def reads_on(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+    while await reader.read(65536):
+        pass
+
+
+async def reads_nothing(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await writer.wait_closed()
+
+
+async def begins(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write(BEGUN)
+    await reads_on(reader, writer)
+
+
+async def hangs_up_early(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.readuntil(b"\r\n\r\n")
+    writer.transport.abort()
+
+
+def hangs_up_after(said: bytes) -> Talk:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(said)
+        writer.close()
+
+    return talk
+
+
+@pytest.mark.parametrize(
+    ("talk", "body", "timeouts", "kind", "words"),
+    [
+        (reads_on, b"", {"connect_timeout": 0.3}, ConnectTimeout, "The provider could not be reached in time."),
+        (reads_nothing, LARGE, {"idle_timeout": 0.3}, UpstreamTimeout, "The provider did not take the request in time."),
+        (reads_on, b"", {"first_byte_timeout": 0.3}, UpstreamTimeout, "The provider gave no answer in time."),
+        (begins, b"", {"idle_timeout": 0.3}, UpstreamTimeout, "The provider's response broke off: nothing came in time."),
+        (hangs_up_early, LARGE, {}, Unfinished, "The provider did not take the request: "),
+        (hangs_up_after(b""), b"", {}, UpstreamError, "The provider gave no answer: it closed the connection."),
+        (hangs_up_after(b"SSH-2.0\r\n"), b"", {}, UpstreamError, "The provider gave no answer: what it sent is not HTTP."),
+        (hangs_up_after(BEGUN), b"", {}, UpstreamError, "The provider's response broke off: it closed the connection."),
+    ],
+)
+async def test_an_error_says_how_far_it_came(
+    talk: Talk, body: bytes, timeouts: dict[str, float], kind: type[UpstreamError], words: str
+) -> None:
+    """Our own words. Each timeout has its own; only where there was no connection was the provider not reached."""
+    async with listening(talk) as url, client(**timeouts) as upstream:
+        scheme = "https:" if kind is ConnectTimeout else "http:"  # and nobody answers the handshake
+        with pytest.raises(kind) as failed:
+            await body_of(await upstream.send(post(url.replace("http:", scheme), body)))
+    assert type(failed.value) is kind
+    assert failed.value.message == words or (words.endswith(" ") and failed.value.message.startswith(words))

@@ -347,7 +347,7 @@ async def test_a_call_without_an_answer_is_told_to_its_end(stage: Stage) -> None
     began, answered, ended = stage.events
     assert isinstance(began, CallBegan) and isinstance(ended, CallEnded)
     assert isinstance(answered, CallAnswered) and answered.http_status is None
-    assert answered.error == "The provider could not be reached: it closed the connection."
+    assert answered.error == "The provider gave no answer: it closed the connection."
 
 
 def identified(app: Any) -> Any:

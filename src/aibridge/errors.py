@@ -137,7 +137,7 @@ class UpstreamError(BridgeError):
 
 
 class UpstreamTimeout(UpstreamError):
-    """The provider took longer than configured to accept the connection or to send the next byte."""
+    """The provider took longer than configured to accept the connection, to take the request or to send the next byte."""
 
     status = 504
 

@@ -20,7 +20,7 @@ import aiohappyeyeballs
 
 from aibridge.deadlines import Deadlines
 from aibridge.errors import ConnectTimeout, Unreachable, Unsendable, UpstreamError, UpstreamTimeout
-from aibridge.httpconnection import UNREACHABLE, Connection, bracketed, declared_length, translated
+from aibridge.httpconnection import UNREACHABLE, UNSENT, Connection, bracketed, declared_length, translated
 from aibridge.upstream import Connections, UpstreamRequest, UpstreamResponse
 
 _NEXT_ADDRESS_SECONDS: Final = 0.25
@@ -75,7 +75,7 @@ class HttpUpstream:
             origin, target = self._place(request.url, request.ca_file)
             head = _request_head(request, origin, target)
         except (ValueError, KeyError) as error:
-            raise Unsendable(f"{UNREACHABLE}: the request cannot be written as HTTP.") from error
+            raise Unsendable(f"{UNSENT}: it cannot be written as HTTP.") from error
         connection = self._take_idle(origin)
         if connection is None:
             connection = await self._connect(origin)

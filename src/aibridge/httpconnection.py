@@ -22,10 +22,13 @@ from aibridge.upstream import UpstreamRequest
 from aibridge.wire.base import Headers
 from aibridge.wire.observer import ResponseHead
 
+# How far it came, which begins a message: what ended it follows, or that it took too long.
 UNREACHABLE: Final = "The provider could not be reached"
+_UNTAKEN: Final = "The provider did not take the request"
+_UNANSWERED: Final = "The provider gave no answer"
 _BROKEN_OFF: Final = "The provider's response broke off"
-_UNSENT: Final = "The request could not be sent"
-_WRONG_LENGTH: Final = Unsendable(f"{_UNSENT}: its body is not as long as declared.")
+UNSENT: Final = "The request could not be sent"
+_WRONG_LENGTH: Final = Unsendable(f"{UNSENT}: its body is not as long as declared.")
 
 # Providers and the load balancers before them close idle connections after a minute or more; we do so earlier.
 _KEEP_IDLE_SECONDS: Final = 15.0
@@ -296,7 +299,7 @@ class Connection(asyncio.Protocol):
             if self._head is not None:
                 (self._expect_news if self._head.done() else self._expect_head)()
         except BaseException as error:  # the body breaks off, whatever the reason: so does the request
-            failure = translated(error, _UNSENT)
+            failure = translated(error, _UNTAKEN if isinstance(error, TimeoutError) else UNSENT)
             self._fail(failure if isinstance(failure, UpstreamTimeout) else Unsendable(failure.message))
             if not isinstance(error, Exception):
                 raise
@@ -323,8 +326,7 @@ class Connection(asyncio.Protocol):
         elif self._upload is not None and not self._upload.done():
             pass  # the provider may wait for the rest of it, which has a time of its own
         elif self._response is None or self._response.is_awaited:
-            what = _BROKEN_OFF if self._response is not None else UNREACHABLE
-            self._fail(UpstreamTimeout(f"{what}: no answer in time."))
+            self._fail(_late(self._reached))
 
     # ---- asyncio's callbacks ----
 
@@ -343,9 +345,9 @@ class Connection(asyncio.Protocol):
         ends_here = exc is None and response is not None and _ends_with_connection(response.head)
         if ends_here and self._failure is None:
             self._complete()
-        failure = translated(exc or ConnectionError(), UNREACHABLE if response is None else _BROKEN_OFF)
-        uploading = self._upload is not None and not self._upload.done()
-        self._fail(Unfinished(failure.message) if uploading and response is None else failure)
+        reached = self._reached
+        failure = translated(exc or ConnectionError(), reached)
+        self._fail(Unfinished(failure.message) if reached == _UNTAKEN else failure)
         self._writable.set()
         if self._upload is not None:
             self._upload.cancel()
@@ -381,9 +383,9 @@ class Connection(asyncio.Protocol):
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             if self._body:
                 self._deliver()
-            self._fail(UpstreamError(f"{_BROKEN_OFF if head.done() else UNREACHABLE}: its answer is not HTTP."))
+            self._fail(UpstreamError(f"{self._reached}: what it sent is not HTTP."))
         if self._head_bytes > _MAX_HEAD_BYTES and not head.done():
-            self._fail(UpstreamError(f"{UNREACHABLE}: the head of its answer is too large."))
+            self._fail(UpstreamError(f"{self._reached}: the head of what it sent is too large."))
 
     # ---- the parser's callbacks ----
 
@@ -408,7 +410,7 @@ class Connection(asyncio.Protocol):
         if self._head is None or self._head.done():
             return
         if status == 101:  # nobody asked for another protocol
-            self._fail(UpstreamError(f"{UNREACHABLE}: its answer is not HTTP."))
+            self._fail(UpstreamError(f"{self._reached}: what it sent is not HTTP."))
             return
         response = Response(self, ResponseHead(status, self._fields))
         self._head.set_result(response)
@@ -433,6 +435,15 @@ class Connection(asyncio.Protocol):
             self.abort()
         elif self._response.put(piece) and self._transport is not None and self._transport.is_reading():
             self._transport.pause_reading()
+
+    @property
+    def _reached(self) -> str:
+        """How far the exchange has come."""
+        if self._response is not None:
+            return _BROKEN_OFF
+        if self._head is None or self._tunnelling:  # a proxy's answer is none of the provider's
+            return UNREACHABLE
+        return _UNANSWERED if self._upload is None or self._upload.done() else _UNTAKEN
 
     def _complete(self) -> None:
         response, self._response, self._head = self._response, None, None
@@ -488,13 +499,18 @@ async def _slices(body: bytes) -> AsyncIterator[bytes]:
         yield bytes(view[start : start + _SLICE])
 
 
+def _late(what: str) -> UpstreamTimeout:
+    """That something took longer than configured. Each `what` has a time of its own."""
+    return UpstreamTimeout(f"{what}: nothing came in time." if what == _BROKEN_OFF else f"{what} in time.")
+
+
 def translated(error: BaseException, what: str) -> UpstreamError:
     """A foreign exception as one of ours. `what` begins its message."""
     match error:
         case UpstreamError():
             return error
         case TimeoutError():
-            return UpstreamTimeout(f"{what}: no answer in time.")
+            return _late(what)
         case ssl.SSLCertVerificationError():
             return UpstreamError(f"{what}: its certificate is not trusted ({error.verify_message}).")
         case ssl.SSLError():  # its errno is none of the system's
