@@ -166,6 +166,8 @@ async def test_no_actor_no_service(path: str) -> None:
         answer = await call(stage.bridge, scope(method, path), REQUEST, actor=None)
         assert_refused(answer, "anthropic", 401, "authentication_error")
     assert not stage.upstream.requests and not stage.recorder.interceptions
+    why = "no actor in the scope of the request"
+    assert stage.events == [Refused("anthropic", "", "identity", "127.0.0.1", why)] * 2
 
 
 async def test_what_is_no_actor_is_none() -> None:
@@ -194,18 +196,25 @@ async def test_other_upgrades_are_ignored() -> None:
     assert not sent & {b"connection", b"upgrade", b"http2-settings"}
 
 
+NO_WEBSOCKET = Refused("openai", "", "upgrade", "127.0.0.1", "WebSocket is not supported here. Use HTTP.")
+
+
 async def test_a_websocket_scope_where_the_server_can_answer() -> None:
     # ASGI's WebSocket Denial Response extension.
     offered: dict[str, Any] = {"type": "websocket", "extensions": {"websocket.http.response": {}}}
     websocket = scope("GET", "/openai/v1/responses") | offered
-    sent = (await call(Stage().bridge, websocket)).sent
+    stage = Stage()
+    sent = (await call(stage.bridge, websocket)).sent
     assert [message["type"] for message in sent] == ["websocket.http.response.start", "websocket.http.response.body"]
+    assert stage.events == [NO_WEBSOCKET]
     assert sent[0]["status"] == 426 and not sent[1].get("more_body", False)
 
 
 async def test_a_websocket_scope_where_it_cannot() -> None:
-    sent = (await call(Stage().bridge, scope("GET", "/openai/v1/responses") | {"type": "websocket"})).sent
+    stage = Stage()
+    sent = (await call(stage.bridge, scope("GET", "/openai/v1/responses") | {"type": "websocket"})).sent
     assert [message["type"] for message in sent] == ["websocket.close"]
+    assert stage.events == [NO_WEBSOCKET]
 
 
 async def test_the_header_limit() -> None:

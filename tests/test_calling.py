@@ -407,6 +407,44 @@ async def test_the_response_that_is_given_up_is_let_go_of() -> None:
     assert [one.closed for one in given] == [True, True]
 
 
+async def test_what_is_given_up_is_read_to_its_end_if_that_is_near() -> None:
+    """Some of it: what goes on and on is let go of, and nobody waits for it (our choice: up to 64 KB)."""
+    taken: list[int] = []
+
+    def endless() -> Iterator[bytes]:
+        for number in range(1000):
+            taken.append(number)
+            yield bytes(10_000)
+
+    answers: list[MemoryResponse] = [MemoryResponse(ResponseHead(503, []), endless()), response(200)]
+    said = iter(answers)
+    soon = RetryRules(attempts=1, statuses=frozenset({503}), max_delay=0.2)
+    stage = Stage(upstream=MemoryUpstream(lambda _: next(said)), retries=soon)
+    assert (await stage.ask()).status == 200
+    assert len(taken) == 7 and answers[0].closed
+    assert [type(event) for event in stage.told(CallBegan, CallEnded, Retried)] == [
+        *(CallBegan, CallEnded, Retried),
+        *(CallBegan, CallEnded),
+    ]
+
+
+async def test_nobody_waits_for_the_rest_of_what_is_given_up() -> None:
+    read = Gate()
+
+    class Stalls(MemoryResponse):
+        async def read(self) -> bytes:
+            read.set()
+            await asyncio.Event().wait()
+            return b""
+
+    stalling = Stalls(ResponseHead(503, []))
+    said = iter([stalling, response(200)])
+    stage = Stage(upstream=MemoryUpstream(lambda _: next(said)), retries=AT_ONCE)
+    async with asyncio.timeout(WAIT_SECONDS):
+        assert (await stage.ask()).status == 200
+    assert read.is_set() and stalling.closed
+
+
 LATER = RetryRules(attempts=1, statuses=frozenset({503}), max_delay=1000)
 WAITING: Said = (503, {b"retry-after": b"900"})
 
@@ -555,7 +593,7 @@ async def test_a_start_that_fails_leaves_no_trace() -> None:
         [Provider.anthropic()], Failing(), upstream=MemoryUpstream(lambda _: response(200)), tracer=tracer
     )
     assert (await call(bridge, scope("POST", PATH), asking())).status == 503
-    assert tracer.journal == ["RecordLost"]
+    assert tracer.journal == ["RecordLost", "Refused"], "but of what has never begun"
 
 
 async def test_a_tracer_that_fails_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:

@@ -15,6 +15,7 @@ from warcio.archiveiterator import ArchiveIterator
 from aibridge import MemoryRecorder, Provider, RequestBridge
 from aibridge.dumps import TrafficDumps
 from aibridge.errors import UpstreamError
+from aibridge.events import Event, Retried
 from aibridge.httpclient import HttpUpstream
 from aibridge.limits import Limits
 from aibridge.retries import RetryRules
@@ -36,7 +37,7 @@ from tests.support.dumps import (
     request,
     until,
 )
-from tests.support.provider import CUT, STALL, Gate, Reply, ScriptedProvider
+from tests.support.provider import CUT, STALL, Gate, Reply, ScriptedProvider, Wait
 
 
 @pytest.fixture
@@ -306,3 +307,27 @@ async def test_each_attempt_has_a_dump_under_the_id_of_its_interception(folder: 
     assert second_try.request.record["Aibridge-Call"] == f"{second}-1-2" and second_try.response is not None
     assert (first_try.response.start, second_try.response.start) == (b"HTTP/1.1 503 ", b"HTTP/1.1 200 ")
     assert second_try.facts["outcome"] == "complete"
+
+
+async def test_what_is_tried_again_is_dumped_with_its_error(folder: Path, provider: ScriptedProvider) -> None:
+    """It is what one dumps for. The rest of it is read while the next attempt has to wait, which it would anyway."""
+    gate = Gate()
+
+    def see(event: Event) -> None:
+        if isinstance(event, Retried):
+            gate.set()
+
+    refusal = Reply(503, [("Retry-After", "1")], [b'{"type":"error",', Wait(gate), b'"error":{}}'], "length")
+    provider.replies(refusal, Reply.json(ANSWER))
+    retrying = RetryRules(attempts=1, statuses=frozenset({503}))
+    asked = replace(Provider.anthropic(base_url=provider.url), dump=True, retries=retrying)
+    async with (
+        TrafficDumps(folder) as dumps,
+        RequestBridge([asked], MemoryRecorder(), dumps=dumps, observers=[see]) as bridge,
+    ):
+        answer = await serving.call(bridge, serving.scope("POST", "/anthropic/v1/messages"), b'{"model":"m"}')
+        assert answer.status == 200
+    first_try, _ = [dumped(path) for path in dumps_in(folder)]
+    assert first_try.response is not None and first_try.response.truncated is None
+    assert first_try.response.body == b'{"type":"error","error":{}}' and first_try.facts["outcome"] == "complete"
+    assert provider.connections == 1, "it can be used again"

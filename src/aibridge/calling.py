@@ -9,8 +9,9 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import msgspec
 from msgspec import structs
@@ -26,6 +27,8 @@ from aibridge.wire.base import Headers
 from aibridge.wire.observer import ResponseHead
 
 logger = logging.getLogger(__name__)
+
+_MAX_REST: Final = 64 * 1024
 
 
 class Tracer(Protocol):
@@ -106,6 +109,7 @@ class Caller:
         """
         attempt = 1
         while True:
+            refused: ProviderCall | None = None
             try:
                 call = await self._attempt(request, purpose, attempt)
             except Unreachable:
@@ -120,10 +124,10 @@ class Caller:
                 seconds = self._delay(request, purpose, attempt, _retry_after(head))
                 if seconds is None:
                     return call
-                call.close()
-                reason = str(head.status)
+                refused, reason = call, str(head.status)
+                call.over()
             notify(self.observers, Retried(purpose.interception_id, self.provider.name, reason, seconds))
-            await back_off(seconds)
+            await (back_off(seconds) if refused is None else _meanwhile_read_out(refused, back_off(seconds)))
             attempt += 1
 
     async def _attempt(self, request: UpstreamRequest, purpose: Purpose, attempt: int) -> ProviderCall:
@@ -187,6 +191,26 @@ class Caller:
 
     def _key(self, purpose: Purpose) -> BreakerKey:
         return BreakerKey(self.provider.name, purpose.route, purpose.model)
+
+
+async def read_out(response: UpstreamResponse) -> None:
+    """Read what is left of a response that nobody wants any more, if it is short: then its connection can be used again, and
+    a dump of it is whole.
+    """
+    left = _MAX_REST
+    with suppress(UpstreamError):
+        while left > 0 and (piece := await response.read()):
+            left -= len(piece)
+
+
+async def _meanwhile_read_out(call: ProviderCall, waiting: Awaitable[None]) -> None:
+    """Read a refusal, which is mostly there already, while something else is waited for, and not for longer."""
+    reading = asyncio.ensure_future(read_out(call.response))
+    try:
+        await waiting
+    finally:
+        reading.cancel()
+        call.close()
 
 
 def _judge(permit: Permit, error: BaseException, now: float) -> None:

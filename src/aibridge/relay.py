@@ -17,7 +17,7 @@ from typing import Any, Final
 from msgspec import structs
 
 from aibridge.asgi import ClientConnection, Direct
-from aibridge.calling import Caller, ProviderCall, Purpose
+from aibridge.calling import Caller, ProviderCall, Purpose, read_out
 from aibridge.clients import identify
 from aibridge.commands import (
     Abort,
@@ -34,7 +34,7 @@ from aibridge.commands import (
     Send,
 )
 from aibridge.conversation import converse
-from aibridge.errors import BridgeError, ClientDisconnected, Interrupted, UpstreamError
+from aibridge.errors import BridgeError, ClientDisconnected, Interrupted
 from aibridge.headers import UpstreamHeaders, to_client, to_upstream, without
 from aibridge.identity import Actor
 from aibridge.injection import Injection, Prepared
@@ -361,9 +361,8 @@ _RECEIVE: Final = Receive()
 async def _read_out(response: UpstreamResponse) -> None:
     """Read what follows the last event, if it comes at once, and let go."""
     try:
-        with suppress(UpstreamError, TimeoutError):
+        with suppress(TimeoutError):
             async with asyncio.timeout(_LAST_BYTES_SECONDS):
-                while await response.read():
-                    pass
+                await read_out(response)
     finally:
         response.close()
