@@ -49,8 +49,6 @@ class ClientConnection:
         self.headers: Headers = scope["headers"]
         self.path = path_of(scope)
         self.method: str = scope["method"]
-        self.peer = peer_of(scope)
-        """The address that the request came from, or an empty string."""
         self.query: str = scope.get("query_string", b"").decode("latin-1")
         self.started = False
         """The response has begun: from here on an error can only be told in-band."""
@@ -61,6 +59,11 @@ class ClientConnection:
         self._receive = receive
         self._send = send
         self._first: dict[bytes, bytes] = dict(reversed(self.headers))
+
+    @property
+    def peer(self) -> str:
+        """The address that the request came from, or an empty string."""
+        return peer_of(self.scope)
 
     def header(self, name: bytes) -> str:
         """The first value of a request header, or an empty string."""

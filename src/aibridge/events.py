@@ -136,7 +136,7 @@ class BreakerRejected(msgspec.Struct, frozen=True):
 
 
 class Refused(msgspec.Struct, frozen=True):
-    """A request was not let in, and no provider was asked. Those that a circuit breaker keeps are not among them.
+    """A request was not let in, so no provider has got it whole. Those that a circuit breaker keeps are not among them.
 
     `provider_name` and `initiator_id` are empty where the request is for no provider, and where nobody is known to be behind
     it. `peer` is the address that it came from, empty where it has none. `detail` says in our words what was wrong.
