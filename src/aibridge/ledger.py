@@ -126,7 +126,7 @@ class Entry:
     async def start(self) -> None:
         """Record the start. Raises `RecordingFailed` when that cannot be done and the policy is to refuse."""
         if self._ledger.refuses:  # the start alone may find room, and the provider would be asked for nothing
-            raise RecordingFailed(_NOT_SERVED)
+            raise _unrecordable(_NOT_SERVED)
         self._unwritten.append(self.interception)
         self._hand_over()
         try:
@@ -318,7 +318,7 @@ class Entry:
             self._lost = self._lost or future.cancelled() or future.exception() is not None
         self._pending.clear()
         if self._lost and self._ledger.when_unrecordable == "refuse":
-            raise RecordingFailed(refusal, [retry_after_field(_SOON_SECONDS)])
+            raise _unrecordable(refusal)
 
     def _written(self, records: Sequence[Record], future: asyncio.Future[None]) -> None:
         error = asyncio.CancelledError() if future.cancelled() else future.exception()
@@ -346,6 +346,10 @@ _MAX_ERROR: Final = 2000
 _NOT_SERVED: Final = "The request cannot be recorded at the moment, so it is not served."
 _NOT_ENDED: Final = "The response cannot be recorded at the moment, so it is not brought to its end."
 _SOON_SECONDS: Final = 5.0  # whether the database can be written is tried each second; a disk that is full needs somebody
+
+
+def _unrecordable(refusal: str) -> RecordingFailed:
+    return RecordingFailed(refusal, [retry_after_field(_SOON_SECONDS)])
 
 
 def _unicode(text: bytes) -> bytes:
