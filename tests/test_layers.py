@@ -64,6 +64,7 @@ LAYERS = [
         "aibridge.interruptible",
         "aibridge.keepalive",
         "aibridge.masking",
+        "aibridge.upstreamerrors",
         "aibridge.unread",
     ],
     ["aibridge.spans"],

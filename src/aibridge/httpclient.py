@@ -20,8 +20,9 @@ import aiohappyeyeballs
 
 from aibridge.deadlines import Deadlines
 from aibridge.errors import ConnectTimeout, Unreachable, Unsendable, UpstreamError, UpstreamTimeout
-from aibridge.httpconnection import UNREACHABLE, UNSENT, Connection, bracketed, declared_length, translated
+from aibridge.httpconnection import Connection, bracketed, declared_length
 from aibridge.upstream import Connections, UpstreamRequest, UpstreamResponse
+from aibridge.upstreamerrors import UNREACHABLE, UNSENT, translated
 
 _NEXT_ADDRESS_SECONDS: Final = 0.25
 _CLOSE_SECONDS: Final = 1.0

@@ -7,7 +7,6 @@ while somebody lets it `flow`, from here. What goes wrong takes the connection w
 
 import asyncio
 import math
-import os
 import select
 import ssl
 from collections import deque
@@ -19,15 +18,10 @@ import httptools
 
 from aibridge.errors import Unfinished, Unsendable, UpstreamError, UpstreamTimeout
 from aibridge.upstream import UpstreamRequest
+from aibridge.upstreamerrors import BROKEN_OFF, UNANSWERED, UNREACHABLE, UNSENT, UNTAKEN, late, translated
 from aibridge.wire.base import Headers
 from aibridge.wire.observer import ResponseHead
 
-# How far it came, which begins a message: what ended it follows, or that it took too long.
-UNREACHABLE: Final = "The provider could not be reached"
-_UNTAKEN: Final = "The provider did not take the request"
-_UNANSWERED: Final = "The provider gave no answer"
-_BROKEN_OFF: Final = "The provider's response broke off"
-UNSENT: Final = "The request could not be sent"
 _WRONG_LENGTH: Final = Unsendable(f"{UNSENT}: its body is not as long as declared.")
 
 # Providers and the load balancers before them close idle connections after a minute or more; we do so earlier.
@@ -244,7 +238,7 @@ class Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Drop the connection at once."""
-        self._failure = self._failure or UpstreamError(f"{_BROKEN_OFF}: it was dropped.")
+        self._failure = self._failure or UpstreamError(f"{BROKEN_OFF}: it was dropped.")
         if self._transport is not None:
             self._transport.abort()
 
@@ -299,7 +293,7 @@ class Connection(asyncio.Protocol):
             if self._head is not None:
                 (self._expect_news if self._head.done() else self._expect_head)()
         except BaseException as error:  # the body breaks off, whatever the reason: so does the request
-            failure = translated(error, _UNTAKEN if isinstance(error, TimeoutError) else UNSENT)
+            failure = translated(error, UNTAKEN if isinstance(error, TimeoutError) else UNSENT)
             self._fail(failure if isinstance(failure, UpstreamTimeout) else Unsendable(failure.message))
             if not isinstance(error, Exception):
                 raise
@@ -326,7 +320,7 @@ class Connection(asyncio.Protocol):
         elif self._upload is not None and not self._upload.done():
             pass  # the provider may wait for the rest of it, which has a time of its own
         elif self._response is None or self._response.is_awaited:
-            self._fail(_late(self._reached))
+            self._fail(late(self._reached))
 
     # ---- asyncio's callbacks ----
 
@@ -347,7 +341,7 @@ class Connection(asyncio.Protocol):
             self._complete()
         reached = self._reached
         failure = translated(exc or ConnectionError(), reached)
-        self._fail(Unfinished(failure.message) if reached == _UNTAKEN else failure)
+        self._fail(Unfinished(failure.message) if reached == UNTAKEN else failure)
         self._writable.set()
         if self._upload is not None:
             self._upload.cancel()
@@ -440,10 +434,10 @@ class Connection(asyncio.Protocol):
     def _reached(self) -> str:
         """How far the exchange has come."""
         if self._response is not None:
-            return _BROKEN_OFF
+            return BROKEN_OFF
         if self._head is None or self._tunnelling:  # a proxy's answer is none of the provider's
             return UNREACHABLE
-        return _UNANSWERED if self._upload is None or self._upload.done() else _UNTAKEN
+        return UNANSWERED if self._upload is None or self._upload.done() else UNTAKEN
 
     def _complete(self) -> None:
         response, self._response, self._head = self._response, None, None
@@ -497,28 +491,3 @@ async def _slices(body: bytes) -> AsyncIterator[bytes]:
     view = memoryview(body)
     for start in range(0, len(view), _SLICE):
         yield bytes(view[start : start + _SLICE])
-
-
-def _late(what: str) -> UpstreamTimeout:
-    """That something took longer than configured. Each `what` has a time of its own."""
-    return UpstreamTimeout(f"{what}: nothing came in time." if what == _BROKEN_OFF else f"{what} in time.")
-
-
-def translated(error: BaseException, what: str) -> UpstreamError:
-    """A foreign exception as one of ours. `what` begins its message."""
-    match error:
-        case UpstreamError():
-            return error
-        case TimeoutError():
-            return _late(what)
-        case ssl.SSLCertVerificationError():
-            return UpstreamError(f"{what}: its certificate is not trusted ({error.verify_message}).")
-        case ssl.SSLError():  # its errno is none of the system's
-            return UpstreamError(f"{what}: TLS failed ({error.reason}).")
-        case ConnectionError(errno=None):
-            return UpstreamError(f"{what}: it closed the connection.")
-        case OSError(errno=int(number)) if number > 0:
-            return UpstreamError(f"{what}: {os.strerror(number)}.")  # its own text holds the address
-        case OSError(strerror=str(reason)):
-            return UpstreamError(f"{what}: {reason}.")
-    return UpstreamError(f"{what}: {type(error).__name__}.")
