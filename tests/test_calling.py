@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from aibridge import MemoryRecorder, Provider, RequestBridge, as_actor
-from aibridge.breakers import FAILURES, BreakerRules
+from aibridge.breakers import FAILURES, BreakerRules, Breakers
+from aibridge.calling import Caller, Purpose
 from aibridge.errors import Unfinished, Unreachable, Unsendable, UpstreamError, UpstreamTimeout
 from aibridge.events import (
     BreakerChanged,
@@ -339,6 +340,21 @@ async def test_a_request_of_an_earlier_configuration_leaves_no_breaker_behind() 
 
 
 # ---- retries ----
+
+
+async def test_a_breaker_that_opens_during_the_back_off_has_nothing_better_to_say() -> None:
+    upstream = MemoryUpstream(lambda _: response(Unreachable("refused")))
+    provider = replace(Provider.anthropic(), breaker=BreakerRules(frozenset({503}), threshold=2), retries=AT_ONCE)
+    caller = Caller(provider, upstream, [], Breakers(lambda *_: None))
+    request, purpose, sent = UpstreamRequest("POST", "http://x/", [], b""), Purpose("/v1/messages"), list[int]()
+
+    async def another_fails(_: float) -> None:
+        with pytest.raises(Unreachable):
+            await caller.call(request, purpose)
+
+    with pytest.raises(Unreachable, match="refused"):
+        await caller.call(request, purpose, another_fails, sent.append)
+    assert sent == [1] and len(upstream.requests) == 2
 
 
 async def test_none_by_default() -> None:

@@ -100,19 +100,31 @@ class Caller:
     is_dumped: bool = False
 
     async def call(
-        self, request: UpstreamRequest, purpose: Purpose, back_off: Callable[[float], Awaitable[None]] = asyncio.sleep
+        self,
+        request: UpstreamRequest,
+        purpose: Purpose,
+        back_off: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        sent: Callable[[int], object] = lambda _: None,
     ) -> ProviderCall:
         """Send a request and wait for the response's head, again where the provider's rules for retries say so.
 
-        `back_off` waits, in seconds, before each further attempt; it may raise instead. Raises `UpstreamError` and what
-        `back_off` does. Safe to cancel.
+        `back_off` waits, in seconds, before each further attempt; it may raise instead. `sent` is told of each attempt; they
+        count from 1. Raises `UpstreamError` and what `back_off` does. Safe to cancel.
         """
         attempt = 1
+        failure: Unreachable | None = None
         while True:
             refused: ProviderCall | None = None
             try:
-                call = await self._attempt(request, purpose, attempt)
-            except Unreachable:
+                permit = self._admitted(purpose)
+                sent(attempt)
+                call = await self._attempt(request, purpose, attempt, permit)
+            except BreakerOpen:  # meanwhile; what there is to say of the provider is better
+                if failure is None:
+                    raise
+                raise failure from None
+            except Unreachable as error:
+                failure = error
                 seconds = self._delay(request, purpose, attempt)
                 if seconds is None:
                     raise
@@ -124,14 +136,15 @@ class Caller:
                 seconds = self._delay(request, purpose, attempt, _retry_after(head))
                 if seconds is None:
                     return call
-                refused, reason = call, str(head.status)
+                failure, refused, reason = None, call, str(head.status)
                 call.over()
             notify(self.observers, Retried(purpose.interception_id, self.provider.name, reason, seconds))
             await (back_off(seconds) if refused is None else _meanwhile_read_out(refused, back_off(seconds)))
             attempt += 1
 
-    async def _attempt(self, request: UpstreamRequest, purpose: Purpose, attempt: int) -> ProviderCall:
-        permit = self._admitted(purpose)
+    async def _attempt(
+        self, request: UpstreamRequest, purpose: Purpose, attempt: int, permit: Permit | None
+    ) -> ProviderCall:
         identity, name = purpose.interception_id, self.provider.name
         url = request.url.partition("?")[0]  # a query may hold a key
         notify(self.observers, CallBegan(identity, name, purpose.route, purpose.model, url, purpose.hop, attempt))

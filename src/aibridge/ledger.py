@@ -109,8 +109,7 @@ class Entry:
         arrived: Callable[[], None] | None = None,
     ) -> None:
         self.interception = interception
-        self.attempts = 1
-        """How often the request of the turn under way was sent."""
+        self._attempts = 0
         self._ledger = ledger
         self._arrived = arrived
         self._request = request
@@ -151,6 +150,10 @@ class Entry:
                 logger.exception("an observer failed")
         notify(self._ledger.observers, self.interception)
 
+    def sent(self, attempts: int) -> None:
+        """How often the request of the turn under way was sent."""
+        self._attempts = attempts
+
     def first_byte(self) -> None:
         """The provider's first body byte has come."""
         if self._first_byte is None:
@@ -172,7 +175,7 @@ class Entry:
                 metadata["model"] = facts.model
             if facts.stop_reason:
                 metadata["stop_reason"] = facts.stop_reason
-            if facts.notes or self.attempts > 1:
+            if facts.notes or self._attempts > 1:
                 metadata["notes"] = (*facts.notes, *self._tries())
             if facts.usage.raw is not None:
                 metadata["usage"] = msgspec.Raw(_unicode(facts.usage.raw))
@@ -273,7 +276,7 @@ class Entry:
 
     def _tries(self) -> tuple[str, ...]:
         """That the request had to be sent more than once."""
-        return (f"({self.attempts} attempts)",) if self.attempts > 1 else ()
+        return (f"({self._attempts} attempts)",) if self._attempts > 1 else ()
 
     def _put(self, record: Record) -> None:
         self._queue(record)

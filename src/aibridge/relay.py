@@ -290,12 +290,12 @@ class _Exchange:
             _ = self._interceptor.ledger.carry_out(_read_out(self._call.response))
             self._call = None
         self._hop += 1
-        self._entry.attempts = 1
+        self._entry.sent(0)
         interception = self._entry.interception
         purpose = Purpose(interception.route, interception.id, interception.model, self._hop)
         sent = self._interceptor.upstream_request(self._client, self._headers, request)
         try:
-            self._call = await self._wait(self._interceptor.caller.call(sent, purpose, self._back_off))
+            self._call = await self._wait(self._interceptor.caller.call(sent, purpose, self._back_off, self._entry.sent))
         except (ClientDisconnected, Interrupted) as event:
             event.refused = not self._reading  # then it was waiting to ask again
             raise
@@ -308,7 +308,6 @@ class _Exchange:
             raise ClientDisconnected
         await asyncio.sleep(seconds)
         self._reading = True
-        self._entry.attempts += 1
 
     async def _call_tools(self, response_id: str | None, calls: Sequence[Call]) -> Answers:
         if not self._listening:  # a response may be read on for the record, but nothing new is begun
