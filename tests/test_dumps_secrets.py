@@ -68,6 +68,49 @@ async def test_a_coded_request_with_a_secret(folder: Path) -> None:
     assert dump.request.body == b"my key is " + HIDDEN and dump.request.record["Aibridge-Body"] == "decoded, masked"
 
 
+TOKEN = "oauth-token-of-an-mcp-server"
+SERVERS = b'{"mcp_servers":[{"authorization_token":"' + TOKEN.encode() + b'"}],"pad":"' + b"x" * 100 + b'"}'
+
+
+@pytest.mark.parametrize("coding", CODERS)
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_credential_that_only_the_body_names(folder: Path, coding: str, streamed: bool) -> None:
+    """It is for a server that the provider calls, and the provider may quote it: in its answer, in a header field."""
+    coded = CODERS[coding](SERVERS)
+    body: Body = pieces(*(coded[at : at + 7] for at in range(0, len(coded), 7))) if streamed else coded
+    headers = [(b"content-encoding", coding.encode())] if coding else []
+    upstream = Uploading(
+        lambda _: MemoryResponse(ResponseHead(400, [(b"x-why", TOKEN.encode())]), [b"no such token: " + TOKEN.encode()])
+    )
+    dump = await dump_of(folder, upstream, request(body, *headers))
+    assert dump.request.body == SERVERS.replace(TOKEN.encode(), b"*" * len(TOKEN))
+    assert "masked" in dump.request.record["Aibridge-Body"]
+    assert dump.response is not None and dump.response.body == b"no such token: " + b"*" * len(TOKEN)
+    assert TOKEN.encode() not in dump.path.read_bytes()
+
+
+@pytest.mark.parametrize("at", [10, len(TOKEN) - 1, len(TOKEN), len(TOKEN) + 10])
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_body_that_is_cut_off_in_its_credential(folder: Path, at: int, streamed: bool) -> None:
+    kept = SERVERS.index(TOKEN.encode()) + at
+    body: Body = pieces(SERVERS[:50], SERVERS[50:]) if streamed else SERVERS
+    upstream = Uploading(lambda _: MemoryResponse(ResponseHead(200, [])))
+    dump = await dump_of(folder, upstream, request(body), max_dump_bytes=kept)
+    assert dump.request.truncated == "length"
+    assert dump.request.body == SERVERS[:kept].replace(TOKEN[:at].encode(), b"*" * min(at, len(TOKEN)))
+
+
+async def test_a_coded_body_that_is_damaged_behind_its_credential(folder: Path) -> None:
+    damaged = gzip(SERVERS)[:-8] + b"\0" * 8 + b"xyz"
+    dump = await dump_of(folder, answering(), request(damaged, (b"content-encoding", b"gzip")))
+    assert dump.request.body == SERVERS.replace(TOKEN.encode(), b"*" * len(TOKEN))
+
+
+async def test_a_body_with_a_credential_that_is_not_in_its_coding(folder: Path) -> None:
+    dump = await dump_of(folder, answering(), request(SERVERS, (b"content-encoding", b"gzip")))
+    assert dump.request.body == SERVERS.replace(TOKEN.encode(), b"*" * len(TOKEN))
+
+
 async def test_a_body_in_an_unknown_coding_is_left_out(folder: Path) -> None:
     dump = await dump_of(folder, answering(b"anything", headers=[(b"content-encoding", b"rot13")]), request())
     assert dump.response is not None and dump.response.body == b"" and dump.response.truncated == "unspecified"

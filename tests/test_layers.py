@@ -84,7 +84,7 @@ LAYERS = [
     ["aibridge.wire.chat_assembly"],
     ["aibridge.wire.usage"],
     ["aibridge.wire.turns"],
-    ["aibridge.wire.coding", "aibridge.wire.splicing", "aibridge.wire.sse"],
+    ["aibridge.wire.coding", "aibridge.wire.credentials", "aibridge.wire.splicing", "aibridge.wire.sse"],
     ["aibridge.wire.reading"],
     ["aibridge.breakers", "aibridge.limits", "aibridge.retries", "aibridge.summaries"],
     ["aibridge.errors", "aibridge.tools"],

@@ -7,15 +7,16 @@ and ``metadata`` that says how the call ended. One without the last is of a call
 Messages are as the gateway writes and reads them: names of fields in lower case, no reason phrase, bodies without their
 transfer coding and in the content coding that they came in. Credentials are masked (`aibridge.masking`). A body with a
 content coding is written when it has ended: it has to be decoded to see whether it holds one, and where it does, it stays
-decoded.
+decoded. So is that of the request, which may bring credentials that only it knows of.
 """
 
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final, Literal
 
@@ -28,6 +29,7 @@ from aibridge.providers import Provider
 from aibridge.upstream import UpstreamRequest
 from aibridge.wire.base import Headers
 from aibridge.wire.coding import CodingError, Decoder, decoder
+from aibridge.wire.credentials import credentials_in
 from aibridge.wire.observer import ResponseHead
 
 Outcome = Literal["complete", "broken off", "let go", "no response"]
@@ -108,7 +110,7 @@ class _CodedBody(_Body):
     def end(self, *, broken: bool) -> bytes:
         if self._damaged is not None:  # some of that piece may still say something
             self._stream = MaskedStream(self._mask)
-            for decoded in self._decodable():
+            for decoded in self.decodable():
                 self._stream.feed(decoded)
         self._stream.end(broken=broken)
         self.decoded = self._stream.hit
@@ -136,7 +138,7 @@ class _CodedBody(_Body):
             self._pieces.append(piece)
             self.held += len(piece)
 
-    def _decodable(self) -> Iterator[bytes]:
+    def decodable(self) -> Iterator[bytes]:
         """What of the body can be decoded, to the very byte where it is damaged: the same that others could."""
         with suppress(CodingError):
             decoding = decoder(self._coding)
@@ -148,12 +150,38 @@ class _CodedBody(_Body):
     def _clear(self, *, broken: bool) -> bytes:
         """The body decoded and masked, as far as that is possible and within the limit."""
         stream, whole = MaskedStream(self._mask), bytearray()
-        for decoded in self._decodable():
+        for decoded in self.decodable():
             whole += stream.feed(decoded)
         whole += stream.end(broken=broken)
         damaged = [] if self._damaged is None else self._pieces[self._damaged :]
         self.left_out += sum(map(len, damaged)) + max(len(whole) - self._limit, 0)
         return bytes(whole[: self._limit])
+
+
+class _RequestBody(_Body):
+    """The body of a request, held until its end. `read_as` says as what it is written then."""
+
+    def __init__(self, mask: Mask, read_as: Callable[[bytes], _Body]) -> None:
+        super().__init__(mask)
+        self._read_as = read_as
+        self._pieces: list[bytes] = []
+        self._body: _Body | None = None
+
+    @property
+    def masked(self) -> bool:
+        return self._body is not None and self._body.masked
+
+    def feed(self, piece: bytes) -> bytes:
+        self._pieces.append(piece)
+        self.held += len(piece)
+        return b""
+
+    def end(self, *, broken: bool) -> bytes:
+        body = self._body = self._read_as(b"".join(self._pieces))
+        data = b"".join(map(body.feed, self._pieces)) + body.end(broken=broken)
+        self._pieces.clear()
+        self.held, self.left_out, self.decoded = 0, body.left_out, body.decoded
+        return data
 
 
 class _Record:
@@ -238,7 +266,9 @@ class DumpFile:
         request = begun.request
         self._limit = limit
         masked = masked_request(encoded(request.url), request.headers, request.secrets)
-        self._mask = Mask(masked.secrets)
+        self._secrets = masked.secrets
+        self._mask = Mask(self._secrets)
+        self._kind = begun.provider.kind
         self._url = masked.url
         head = self._mask(written_head(msgspec.structs.replace(request, url=masked.url, headers=masked.headers)))
         self._file = _Appended(file)
@@ -257,7 +287,8 @@ class DumpFile:
         if masked.names:
             fields["Aibridge-Masked"] = ", ".join(masked.names)
         coding = next((value.decode("latin-1") for name, value in request.headers if name == b"content-encoding"), "")
-        self._record: _Record | None = _Record(self._file, fields, head, self._body(coding))
+        body = _RequestBody(self._mask, partial(self._request_body, coding))
+        self._record: _Record | None = _Record(self._file, fields, head, body)
         self._left_out = 0
 
     @property
@@ -305,6 +336,16 @@ class DumpFile:
         """Write what has gathered of a body."""
         if self._record is not None:
             self._record.flush()
+
+    def _request_body(self, coding: str, data: bytes) -> _Body:
+        """The body of the request, whose credentials are masked from now on."""
+        found = credentials_in(self._kind, data)
+        body = self._body(coding)
+        if isinstance(body, _CodedBody):
+            body.feed(data)
+            found += credentials_in(self._kind, b"".join(body.decodable()))
+        self._mask = Mask((*self._secrets, *found))
+        return self._body(coding)
 
     def _body(self, coding: str) -> _Body:
         coding = coding.strip().lower()

@@ -85,7 +85,7 @@ class Interceptor:
         interception = self._interception(client, actor, request.facts, headers, prepared.notes)
         tracer = self.caller.tracer
         arrived = None if tracer is None else partial(tracer.arrived, interception.id, client.headers)
-        secrets = partial(secrets_of, client.query, headers.fields, headers.secrets)
+        secrets = partial(secrets_of, client.query, headers.fields, (*headers.secrets, *request.facts.secrets))
         entry = Entry(self.ledger, interception, request.facts, secrets, arrived)
         await entry.start()
         if prepared.lost or prepared.unknown:

@@ -66,7 +66,7 @@ class RequestFacts(msgspec.Struct, frozen=True):
     """What a request body says.
 
     `prompt` is None where the request only continues a turn with tool results. `asks_for_usage`: whether its stream is to
-    report usage; None where it says nothing about its stream.
+    report usage; None where it says nothing about its stream. `secrets` are credentials for servers that the provider calls.
     """
 
     model: str | None = None
@@ -76,6 +76,7 @@ class RequestFacts(msgspec.Struct, frozen=True):
     session_id: str | None = None
     notes: tuple[str, ...] = ()
     asks_for_usage: bool | None = None
+    secrets: tuple[str, ...] = ()
 
 
 class ResponseFacts(msgspec.Struct, frozen=True):

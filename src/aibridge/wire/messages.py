@@ -19,6 +19,7 @@ from aibridge.wire.base import (
     WireFormat,
     error_text,
 )
+from aibridge.wire.credentials import credentials_in
 from aibridge.wire.messages_history import LEGACY_SESSION
 from aibridge.wire.messages_merging import update_usage
 from aibridge.wire.messages_turns import MessagesTurns
@@ -63,6 +64,7 @@ class MessagesFormat(WireFormat):
             prompt=prompt,
             correlating_tool_call_id=tool_call_id,
             session_id=None if given.metadata is None else _session_id(given.metadata.user_id),
+            secrets=credentials_in(self.kind, bytes(given.mcp_servers)),
         )
 
 
@@ -83,6 +85,7 @@ class _Request(msgspec.Struct):
     stream: bool | None = None
     messages: list[Raw] = []  # of which only the last are looked into
     metadata: _Metadata | None = None
+    mcp_servers: Raw = Raw()
 
 
 class _Content(msgspec.Struct, gc=False):

@@ -21,6 +21,7 @@ from aibridge.wire.base import (
 )
 from aibridge.wire.chat import joined_text, without_cache
 from aibridge.wire.chat_merging import DONE
+from aibridge.wire.credentials import credentials_in
 from aibridge.wire.reading import (
     NATURAL,
     STRING,
@@ -43,6 +44,9 @@ from aibridge.wire.turns import TurnFormat
 _ARGUMENTS: Final = ("arguments", "input", "action", "operation", "code", "queries")
 
 _CALL_DETAILS: Final = ("namespace", "server_label", "status")
+
+# Tools that may come with credentials. The body is not searched for any without one of them.
+_HOSTED: Final = frozenset({"mcp", "code_interpreter", "shell"})
 
 _TERMINALS: Final = frozenset({"response.completed", "response.incomplete", "response.failed"})
 
@@ -72,6 +76,7 @@ class ResponsesFormat(WireFormat):
             prompt=prompt,
             correlating_tool_call_id=tool_call_id,
             session_id=None if given.client_metadata is None else given.client_metadata.session_id,
+            secrets=credentials_in(self.kind, body) if any(tool.type in _HOSTED for tool in given.tools or ()) else (),
         )
 
 
@@ -90,11 +95,16 @@ class _Item(msgspec.Struct, gc=False):
     id: str | None = None
 
 
+class _Tool(msgspec.Struct, gc=False):
+    type: str | None = None
+
+
 class _Request(msgspec.Struct):
     model: str | None = None
     stream: bool | None = None
     input: str | list[Raw] | None = None  # of which only the last are looked into
     client_metadata: _ClientMetadata | None = None
+    tools: list[_Tool] | None = None
 
 
 _ITEM: Final = Shape(_Item)
