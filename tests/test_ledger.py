@@ -4,11 +4,13 @@ Truth: design.md sections 2 and 3; `Recorder` for what a user's own class may do
 """
 
 import asyncio
+import json
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import uuid_utils
@@ -263,6 +265,19 @@ async def test_secrets_that_a_provider_quotes_are_taken_out() -> None:
     assert error is not None and len(error) == 2000
     assert error.startswith("Incorrect API key: [credential]. Bearer [credential] or [credential] [credential]")
     assert "sk-1" not in error and "tok-99" not in error
+
+
+async def test_secrets_that_a_provider_quotes_in_another_form_are_taken_out() -> None:
+    """In a URL, in JSON, in JSON within JSON; and one that begins with another."""
+    key = 'abcd/EFGH+ijkl"mnop'
+    for quoted in (quote(key, safe=""), json.dumps(key), json.dumps(json.dumps(key)), key + "-more"):
+        recorder = MemoryRecorder()
+        secrets = [key, key + "-more"]
+        this = entry(recorder, [], secrets=lambda secrets=secrets: secrets)
+        await carried_through(this, end=End("failed", 401, f"bad key {quoted}"))
+        (end,) = recorder.ended
+        assert end.error is not None and "[credential]" in end.error
+        assert not any(part in end.error for part in ("abcd", "EFGH", "ijkl", "mnop", "more"))
 
 
 def test_ids_are_version_7_and_sort_by_time() -> None:

@@ -12,10 +12,10 @@ from urllib.parse import quote
 import pytest
 from hypothesis import given, strategies as st
 
-from aibridge.masking import Mask, MaskedStream, is_credential, masked_fields, masked_request
+from aibridge.masking import Mask, MaskedStream, hidden, is_credential, masked_fields, masked_request
 from tests.support.provider import at_random, bytewise
 
-KEY = "sk-ant-api03-Qm/9+x_Z=="
+KEY = 'sk-ant-api03-"Qm/9+x_Z=='
 HIDDEN = b"*" * len(KEY)
 
 
@@ -105,20 +105,63 @@ def test_of_a_proxy_authorization_the_scheme_stays() -> None:
 # ---- wherever they are quoted ----
 
 
-@pytest.mark.parametrize(
-    "quoted",
-    [
-        KEY,
-        json.dumps(KEY),
-        json.dumps(KEY).replace("/", "\\/"),  # as PHP writes it
-        f"https://h/?a={quote(KEY, safe='')}&b",
-    ],
-)
+QUOTED = [
+    KEY,
+    json.dumps(KEY),
+    json.dumps(KEY).replace("/", "\\/"),  # as PHP writes it
+    json.dumps(json.dumps(KEY)),
+    json.dumps(json.dumps(KEY)).replace("/", "\\/"),
+    json.dumps(json.dumps(KEY).replace("/", "\\/")).replace("/", "\\/"),
+    f"https://h/?a={quote(KEY, safe='')}&b",
+]
+
+
+@pytest.mark.parametrize("quoted", QUOTED)
 def test_a_quoted_credential(quoted: str) -> None:
     data = f"before {quoted} after".encode()
     masked = Mask([KEY])(data)
-    assert b"Qm" not in masked and len(masked) == len(data)
+    assert b"sk" not in masked and b"Qm" not in masked and b"Z" not in masked and len(masked) == len(data)
     assert masked.startswith(b"before ") and masked.endswith(b" after")
+
+
+@pytest.mark.parametrize("quoted", QUOTED)
+def test_a_quoted_credential_in_a_text(quoted: str) -> None:
+    shown = hidden(f"before {quoted} after", ["", KEY], "[credential]")
+    assert shown.startswith("before ") and shown.count("[credential]") == 1 and shown.endswith(" after")
+    assert "sk" not in shown and "Qm" not in shown and "Z" not in shown
+
+
+def test_what_stands_in_place_of_a_credential_is_not_looked_into() -> None:
+    assert hidden("a credential, *** too", ["credential", "***"], "[credential]") == "a [credential], [credential] too"
+
+
+def test_of_credentials_that_overlap_nothing_is_left_in_a_text() -> None:
+    assert hidden(".abcdefghijkl.", ["abcdefgh", "efghijkl"], "*") == ".*."
+    assert hidden("bad key sk-abcdefgh-TAIL", ["sk-abcdefgh", "sk-abcdefgh-TAIL"], "*") == "bad key *"
+
+
+def test_what_is_no_unicode_is_no_reason_to_fail() -> None:
+    """Standard error of a command may be anything, and so may a variable of the environment."""
+    assert hidden("a \ud800 b", ["a secret"], "*") == "a \ud800 b"
+    assert hidden("a secret \ud800", ["a secret", "\udcff"], "*").startswith("* ")
+
+
+@pytest.mark.parametrize("secrets", [[f"{number:08}" for number in range(4000)], ["x" * 300_000]], ids=["many", "long"])
+def test_of_what_has_too_many_credentials_to_look_for_nothing_is_shown(secrets: list[str]) -> None:
+    """Clients decide how many there are: they must not decide what it costs to look for them."""
+    mask = Mask(secrets)
+    assert (
+        mask(b"whatever") == b"********" and mask.text("whatever") == "********" and mask.begun_at_end_of(b"whatever") == 0
+    )
+    stream = MaskedStream(mask)
+    assert stream.feed(b"what") + stream.feed(b"ever") + stream.end(broken=True) == b"********" and stream.hit
+    assert hidden("whatever", secrets, "[credential]") == "[credential]"
+
+
+def test_as_many_credentials_as_anybody_has_are_looked_for() -> None:
+    secrets = [f"credential-{number:03}" for number in range(100)]
+    assert Mask(secrets)(b"a " + secrets[-1].encode()) == b"a " + b"*" * 14
+    assert hidden(f"a {secrets[-1]}", secrets, "*") == "a *"
 
 
 def test_beyond_ascii() -> None:
@@ -196,7 +239,7 @@ def test_what_is_settled_is_given_away_at_once(pieces: list[bytes]) -> None:
     stream = MaskedStream(Mask([KEY]))
     shown = b"".join(map(stream.feed, pieces))
     assert shown == (b"x" * 300 + HIDDEN + b"y" * 300)[: len(shown)]
-    assert len(shown) > len(BODY) - 3 * len(KEY)  # percent-encoded it would be longer
+    assert len(shown) > len(BODY) - 3 * len(KEY)  # encoded it would be longer
 
 
 def test_without_secrets_nothing_is_kept_back() -> None:

@@ -37,7 +37,9 @@ TRACES_KEY: Final = "receiver-key-51b7d3"
 COOKIE: Final = "cookie-of-carol-2c71ee"
 PARAMETER: Final = "token-of-dave-7be1f0"
 """In a query, as some servers want it, and in a field that is no usual one."""
-SECRETS: Final = (PROVIDER_KEY, GATEWAY_KEY, OAUTH_TOKEN, MCP_SECRET, TRACES_KEY, COOKIE, PARAMETER)
+SERVER_TOKEN: Final = "token-of-erin-e04/b8"
+"""In a body, for a server that the provider calls."""
+SECRETS: Final = (PROVIDER_KEY, GATEWAY_KEY, OAUTH_TOKEN, MCP_SECRET, TRACES_KEY, COOKIE, PARAMETER, SERVER_TOKEN)
 
 STREAM: Final = MESSAGES.request(stream=True, model="m")
 BLOCKING: Final = MESSAGES.request(stream=False, model="m")
@@ -144,6 +146,19 @@ async def the_provider_quotes_credentials(scene: Scene) -> None:
     assert shown(scene.requests[-1]).count(PARAMETER.encode()) == 2
 
 
+async def the_provider_quotes_what_the_body_holds(scene: Scene) -> None:
+    """On an intercepted route, and on one that only passes through."""
+    server = {"type": "url", "name": "s", "url": "https://mcp.test", "authorization_token": SERVER_TOKEN}
+    body = json.dumps({**json.loads(BLOCKING), "mcp_servers": [server]}).encode()
+    message = f"no access with {json.dumps(SERVER_TOKEN)} nor with {quote(SERVER_TOKEN, safe='')}"
+    reply = Reply.json({"type": "error", "error": {"type": "invalid_request_error", "message": message}}, 400)
+    for path in ("/own/v1/messages", "/own/v1/messages/count_tokens"):
+        scene.reply(reply)
+        answer = await scene.post(path, body)
+        assert answer.head.status == 400
+        assert SERVER_TOKEN.encode() in shown(scene.requests[-1])
+
+
 async def requests_are_refused(scene: Scene) -> None:
     """What is no JSON, and what goes to a provider that is not there: tried again, and then kept away from it."""
     token = ("Authorization", f"Bearer {OAUTH_TOKEN}")
@@ -210,17 +225,18 @@ async def captured() -> tuple[Mapping[str, bytes], Rows]:
         with stage.scene(trouble="") as scene:
             await all_goes_well(scene)
             await the_provider_quotes_credentials(scene)
+            await the_provider_quotes_what_the_body_holds(scene)
             await requests_are_refused(scene)
             await configurations_are_wrong(stage)
             async with scene.client() as client:
                 metrics = (await client.request("GET", "/metrics")).body
                 ready = (await client.request("GET", "/readyz")).body
             process.kill()
-            rows = await asyncio.to_thread(scene.ended, 8)
+            rows = await asyncio.to_thread(scene.ended, 9)
         stage.provider.handle(lambda _: Reply.json({"data": []}))
         printed = await asyncio.to_thread(checked, stage)
         assert await asyncio.to_thread(stage.gateway.stop) == -signal.SIGTERM
-        dumps = finished(stage.gateway.folder / "dumps", 9)
+        dumps = finished(stage.gateway.folder / "dumps", 11)
         places = {
             "logs": stage.gateway.output.encode(),
             "metrics": metrics,

@@ -21,6 +21,7 @@ import uuid_utils
 from aibridge.commands import End
 from aibridge.errors import RecordingFailed, retry_after_field
 from aibridge.events import Committed, HistoryMissed, Observer, RecordLost, notify
+from aibridge.masking import hidden
 from aibridge.recording.base import Recorder, RecordsLost
 from aibridge.records import (
     Interception,
@@ -340,9 +341,7 @@ class Entry:
 
     def _without_secrets(self, error: str) -> str:
         """Providers quote credentials in their errors; ours must not be among them."""
-        for secret in filter(None, self._secrets()):
-            error = error.replace(secret, "[credential]")
-        return error[:_MAX_ERROR]
+        return hidden(error, self._secrets(), "[credential]")[:_MAX_ERROR]
 
 
 _MAX_ERROR: Final = 2000

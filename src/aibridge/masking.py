@@ -4,18 +4,21 @@ Pure. A masked credential is as long as it was, each of its bytes an asterisk, s
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Final
 from urllib.parse import quote, unquote_to_bytes
 
 import msgspec
 
 from aibridge.wire.base import Headers
+from aibridge.wire.credentials import SHORTEST
 
 _MASK: Final = b"*"
 
-# What is shorter keeps no secret: it is a placeholder such as "none", which hiding would spoil the text around it.
-_SHORTEST: Final = 8
+# Clients decide how many credentials there are, and each is searched for. No real request has nearly so many, or so long
+# ones: of one that does, nothing is shown. In 5 MB, so many are found within a second.
+_MOST_FORMS: Final = 256
+_MOST_BYTES: Final = 256 * 1024
 
 # Names of header fields and of query parameters: those of the two kinds of provider, of others like them (`x-goog-api-key`,
 # `ocp-apim-subscription-key`), and of what stands before them (`cf-access-client-secret`, `x-amz-security-token`). Not
@@ -64,7 +67,7 @@ def secrets_of(query: str, headers: Headers, known: Sequence[str] = ()) -> tuple
         if is_credential(unquote_to_bytes(parameter)):
             found += (text, unquote_to_bytes(text).decode("latin-1"))
     found += (value.split()[-1].decode("latin-1") for name, value in headers if value.strip() and is_credential(name))
-    return (*known, *(secret for secret in found if len(secret) >= _SHORTEST))
+    return (*known, *(secret for secret in found if len(secret) >= SHORTEST))
 
 
 def is_credential(name: bytes) -> bool:
@@ -85,32 +88,58 @@ def _masked_value(name: bytes, value: bytes) -> bytes:
 
 
 class Mask:
-    """Finds credentials in bytes, in each form in which servers quote them: as they are, in JSON, in a URL."""
+    """Finds credentials in bytes, in each form in which servers quote them: as they are, in JSON, in a URL.
+
+    Of what has more credentials than can be looked for it hides all.
+    """
 
     def __init__(self, secrets: Iterable[str]) -> None:
-        self._forms = sorted({form for secret in secrets if len(secret) >= _SHORTEST for form in _forms(secret)})
+        forms = _forms_of(secret for secret in secrets if len(secret) >= SHORTEST)
+        self._hides_all = forms is None
+        self._forms = forms or ()
         self.reach = max(map(len, self._forms), default=1) - 1
         """How many bytes behind one decide whether it belongs to a credential."""
 
     def __call__(self, data: bytes) -> bytes:
         """The bytes, all occurrences masked, also those that overlap."""
-        found = [(at, len(form)) for form in self._forms for at in _occurrences(data, form)]
+        if self._hides_all:
+            return _MASK * len(data)
+        found = list(_occurrences(data, self._forms))
         if not found:
             return data
         masked = bytearray(data)
-        for at, length in found:
-            masked[at : at + length] = _MASK * length
+        for start, end in found:
+            masked[start:end] = _MASK * (end - start)
         return bytes(masked)
 
     def text(self, text: str) -> str:
         """Likewise for a text."""
-        return self(text.encode()).decode(errors="replace")
+        return self(text.encode(errors="replace")).decode(errors="replace")
 
     def begun_at_end_of(self, data: bytes) -> int:
         """How many bytes at the end begin a credential; 0 where they are so few that they give nothing away."""
-        lengths = range(min(self.reach, len(data)), _SHORTEST - 1, -1)
-        ends = (length for length in lengths for form in self._forms if form.startswith(data[-length:]))
-        return next(ends, 0)
+        end = data[max(len(data) - self.reach, 0) :]
+        begun = (
+            start
+            for form in self._forms
+            for start, _ in _occurrences(end, [form[:SHORTEST]])
+            if form.startswith(memoryview(end)[start:])
+        )
+        return len(end) - min(begun, default=len(end))
+
+
+def hidden(text: str, secrets: Iterable[str], instead: str) -> str:
+    """The text with `instead` in place of each credential, in whatever form it is quoted."""
+    forms = _forms_of(secrets)
+    if forms is None:
+        return instead
+    data, shown, until = text.encode(errors="replace"), bytearray(), 0
+    found = sorted(_occurrences(data, forms))
+    for start, end in found:
+        if start >= until:  # or else it overlaps the one before
+            shown += data[until:start] + instead.encode()
+        until = max(until, end)
+    return (shown + data[until:]).decode(errors="replace") if found else text
 
 
 class MaskedStream:
@@ -143,18 +172,40 @@ class MaskedStream:
         return given
 
 
+def _forms_of(secrets: Iterable[str]) -> Collection[bytes] | None:
+    """What to look for; None where that is too much."""
+    forms: set[bytes] = set()
+    size = 0
+    for secret in filter(None, secrets):
+        for form in _forms(secret):
+            if form not in forms:
+                forms.add(form)
+                size += len(form)
+        if len(forms) > _MOST_FORMS or size > _MOST_BYTES:
+            return None
+    return forms
+
+
 def _forms(secret: str) -> Iterator[bytes]:
-    texts = {secret.encode(), secret.encode("latin-1", "replace")}
-    for text in texts:
+    secret = secret.encode(errors="replace").decode()  # what is no text is in no text
+    for text in {secret.encode(), secret.encode("latin-1", "replace")}:
         yield text
         yield quote(text, safe="").encode()
-    in_json = msgspec.json.encode(secret)[1:-1]
-    yield in_json
-    yield in_json.replace(b"/", b"\\/")
+    for in_json in _in_json(secret):
+        yield in_json.encode()
+        yield from (in_that.encode() for in_that in _in_json(in_json))
 
 
-def _occurrences(data: bytes, form: bytes) -> Iterator[int]:
-    at = data.find(form)
-    while at >= 0:
-        yield at
-        at = data.find(form, at + 1)
+def _in_json(text: str) -> tuple[str, str]:
+    """As most write it, and as PHP does."""
+    in_json = msgspec.json.encode(text).decode()[1:-1]
+    return in_json, in_json.replace("/", "\\/")
+
+
+def _occurrences(data: bytes, forms: Iterable[bytes]) -> Iterator[tuple[int, int]]:
+    """From where to where there is one, in no order."""
+    for form in forms:
+        at = data.find(form)
+        while at >= 0:
+            yield at, at + len(form)
+            at = data.find(form, at + 1)

@@ -7,6 +7,8 @@ from functools import cached_property
 from typing import Final, Literal
 from urllib.parse import parse_qsl, urlsplit
 
+from aibridge.masking import hidden
+
 # No underscore: in `bmcp_<server>_<tool>` the second one ends the server's name, so that two servers' tools never meet.
 # No longer than this: a tool's own name needs room among the 64 characters.
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
@@ -104,19 +106,16 @@ class McpServer:
 
     def masked(self, text: str) -> str:
         """The text without any of this server's secrets."""
-        for secret in self._secrets:
-            text = text.replace(secret, _HIDDEN)
-        return _USERINFO.sub(_HIDDEN, text)
+        return _USERINFO.sub(_HIDDEN, hidden(text, self._secrets, _HIDDEN))
 
     @cached_property
-    def _secrets(self) -> tuple[str, ...]:
-        """The longest first, so that what is left of one that holds another gives nothing away."""
+    def _secrets(self) -> frozenset[str]:
         parts = urlsplit(self.url or "")
         found = {*self.env.values(), *(value for _, value in parse_qsl(parts.query)), parts.query}
         found |= {part for part in (parts.username, parts.password) if part}
         for value in self.headers.values():
             found |= {value, value.rpartition(" ")[2]}  # the credential without its scheme, too
-        return tuple(sorted((secret for secret in found if len(secret) >= _SHORTEST_SECRET), key=lambda s: (-len(s), s)))
+        return frozenset(secret for secret in found if len(secret) >= _SHORTEST_SECRET)
 
 
 def printable(text: str, keep: str = "") -> str:
