@@ -157,6 +157,19 @@ async def test_all_of_it_is_deleted(stage: Stage) -> None:
     assert stage.asked == [f"DELETE /responses/{PUBLIC}", f"DELETE /responses/{LAST}"]
 
 
+@pytest.mark.parametrize("body", [b"{}", b""])
+async def test_all_of_it_is_deleted_also_by_a_request_with_a_body(stage: Stage, body: bytes) -> None:
+    """Some clients send one with each request (RFC 9110 section 9.3.5 gives it no meaning, and does not forbid it)."""
+    await two_turns(stage)
+    for identity in (PUBLIC, LAST):
+        stage.will("DELETE", f"/responses/{identity}", {"id": identity, "object": "response.deleted", "deleted": True})
+    headers = [(b"transfer-encoding", b"chunked")]
+    found = (await stage.ask("DELETE", f"/openai/v1/responses/{PUBLIC}", body[:1], body[1:], headers=headers)).json()
+    assert found["id"] == PUBLIC
+    assert stage.asked == [f"DELETE /responses/{PUBLIC}", f"DELETE /responses/{LAST}"]
+    assert [request.body for request in stage.upstream.requests[-2:]] == [body, body]
+
+
 async def test_a_conversation_goes_on_from_the_last_turn(stage: Stage) -> None:
     await two_turns(stage)
     stage.will("POST", "/responses", response("resp_33333333", ANSWER, previous_response_id=LAST))

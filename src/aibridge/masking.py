@@ -16,7 +16,7 @@ from aibridge.wire.credentials import SHORTEST
 _MASK: Final = b"*"
 
 # Clients decide how many credentials there are, and each is searched for. No real request has nearly so many, or so long
-# ones: of one that does, nothing is shown. In 5 MB, so many are found within a second.
+# ones: of one that does, nothing is shown. To look for so many in 5 MB takes a second.
 _MOST_FORMS: Final = 256
 _MOST_BYTES: Final = 256 * 1024
 

@@ -44,10 +44,11 @@ async def pass_through(
             yield piece
         watch()  # only now: what comes before the end is the body
 
-    body: Body = adapted.body or b""
-    if adapted.body is None and (client.header(b"transfer-encoding") or client.header(b"content-length") not in ("", "0")):
+    body: Body
+    if adapted.body is None and not adapted.also and _has_body(client):
         body = upload()
-    else:
+    else:  # what goes to several paths cannot be a stream, which is sent only once
+        body = adapted.body or (await client.body(max_body_bytes) if adapted.also else b"")
         watch()
     provider, purpose, call = caller.provider, Purpose(route.pattern), None
     headers = to_upstream(client.headers, provider.kind, provider.api_key)
@@ -74,6 +75,10 @@ async def pass_through(
             forget()
         if call is not None:
             call.close()
+
+
+def _has_body(client: ClientConnection) -> bool:
+    return bool(client.header(b"transfer-encoding")) or client.header(b"content-length") not in ("", "0")
 
 
 def _fields(client: ClientConnection, fields: Headers, adapted: Adapted, *, streamed: bool) -> Headers:
