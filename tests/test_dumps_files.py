@@ -268,6 +268,17 @@ async def test_a_disk_that_hangs_stops_nobody(
     assert caplog.text.count("faster than it is written") == 1
 
 
+async def test_it_can_be_entered_again(folder: Path) -> None:
+    """Between the two nothing is dumped, and traffic goes on."""
+    dumps = TrafficDumps(folder)
+    upstream = dumps.upstream(PROVIDER, answering(b"x"))
+    for number in (1, 2):
+        async with dumps:
+            await call(upstream, request(id=str(number)))
+        assert [dumped(path).facts["outcome"] for path in dumps_in(folder)] == ["complete"] * number
+        assert await call(upstream, request(id="between")) == b"x"
+
+
 async def test_held_bodies_count_as_waiting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compressed streams are held until their end: many of them must not fill the memory."""
     monkeypatch.setattr(dumps_module, "_MAX_WAITING", 190_000)

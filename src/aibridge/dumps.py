@@ -50,7 +50,7 @@ class TrafficDumps:
 
     `max_dump_bytes` bounds how much of the bodies of one call is kept, `max_bytes` the size of all dumps, of which the
     oldest go first, and `max_hours` their age. Processes may share the directory. Used as ``async with``, or started by the
-    first call; leaving writes what is still to be written.
+    first call; leaving writes what is still to be written, and nothing more is dumped until it is entered again.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class TrafficDumps:
 
     async def __aenter__(self) -> Self:
         """Begin to look after the directory, if there are dumps of earlier times."""
+        self._writer.reopen()
         if await asyncio.to_thread(os.path.exists, self._directory):
             self._writer.start()
         return self
@@ -299,8 +300,9 @@ class _Writer:
         self._taken = 0  # bytes, counted by the event loop
         self._freed = 0  # counted by the thread
         self._wake = threading.Event()
-        self._stopping = threading.Event()
+        self._stopping = threading.Event()  # of this thread, not of those before it
         self._thread: threading.Thread | None = None
+        self._before: threading.Thread | None = None
         self._behind = _Complaint("traffic is not all dumped")
         self._trouble = _Complaint(f"traffic cannot be dumped to {folder.directory}")
 
@@ -309,7 +311,8 @@ class _Writer:
     def start(self) -> None:
         """Start the thread, unless it runs. Raises RuntimeError where there can be none."""
         if self._thread is None:
-            thread = threading.Thread(target=self._run, name="aibridge-dumps", daemon=True)
+            arguments = self._stopping, self._before
+            thread = threading.Thread(target=self._run, args=arguments, name="aibridge-dumps", daemon=True)
             thread.start()
             self._thread = thread
 
@@ -319,6 +322,12 @@ class _Writer:
         self._wake.set()
         if self._thread is not None:
             self._thread.join(_LAST_SECONDS)
+
+    def reopen(self) -> None:
+        """Take what there is to write again, if it was stopped."""
+        if self._stopping.is_set():
+            self._stopping = threading.Event()
+            self._thread, self._before = None, self._thread
 
     def put(self, size: int, dump: _Dump, what: Callable[..., Any], *facts: Any) -> bool:
         """Have something done for a dump, which keeps so many bytes in memory. Answers False where that is too much."""
@@ -340,12 +349,14 @@ class _Writer:
 
     # ---- in the thread ----
 
-    def _run(self) -> None:
+    def _run(self, stop: threading.Event, before: threading.Thread | None) -> None:
+        if before is not None:  # which may hang on a disk
+            before.join()
         self._tidy()
         stopping = False
         while not (stopping and not self._queue):
             self._wake.wait(_LOOK_SECONDS)
-            stopping = self._stopping.wait(_GATHER_SECONDS)
+            stopping = stop.wait(_GATHER_SECONDS)
             self._wake.clear()
             written: set[_Dump] = set()
             while self._queue:
