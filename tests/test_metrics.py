@@ -13,7 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.metrics import MetricWrapperBase
 
-from aibridge.breakers import BreakerState
+from aibridge.breakers import BreakerKey, BreakerRules, Breakers, BreakerState
 from aibridge.config import load
 from aibridge.errors import RefusalReason
 from aibridge.events import (
@@ -293,6 +293,18 @@ def test_the_life_of_a_circuit_breaker() -> None:
     assert seen == [(1, 1), (0.5, 1), (1, 2), (0.5, 2), (0, 2)]
     counted.metrics(BreakerRejected("vllm", "/v1/responses", None))
     assert counted.value("breaker_rejections_total", **place | {"model": ""}) == 1
+
+
+def test_a_breaker_of_a_long_model_has_one_label() -> None:
+    """Whatever of its name is kept: it is longer than any that is shown."""
+    counted = Counted()
+    key = BreakerKey("vllm", "/v1/responses", "m" * 10_000)
+    breakers = Breakers(lambda key, state: counted.metrics(BreakerChanged(*key, state)))
+    breakers.admit(key, BreakerRules(frozenset({503}), threshold=1), 0.0).failed(0.0)
+    counted.metrics(BreakerRejected(*key))
+    place = {"provider": "vllm", "route": "/v1/responses", "model": "other"}
+    for name in ("breaker_state", "breaker_trips_total", "breaker_rejections_total"):
+        assert counted.value(name, **place) == 1
 
 
 def test_breakers_that_share_a_label_show_the_worst() -> None:
