@@ -98,6 +98,16 @@ def test_the_endpoint_of_the_environment(variables: dict[str, str], endpoint: st
     assert traces_endpoint({f"OTEL_EXPORTER_OTLP_{name}": value for name, value in variables.items()}) == endpoint
 
 
+@pytest.mark.parametrize("endpoint", ["http://c:4318", "http://c:4318/", "http://c:4318/v1/traces/"])
+def test_an_endpoint_that_the_environment_gives_for_traces_is_taken_as_it_is(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ "the URL MUST be used as-is without any modification" (OTLP exporter, endpoint URLs for OTLP/HTTP)."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", endpoint)
+    assert TracingSettings().endpoint == endpoint
+    assert Settings().tracing.endpoint == endpoint
+
+
 @pytest.mark.parametrize(
     ("name", "value", "on"),
     [

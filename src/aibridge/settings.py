@@ -34,6 +34,7 @@ from aibridge.retries import RetryRules
 from aibridge.wire.turns import UsagePolicy
 
 _SQLITE: Final = "sqlite:///"
+_NO_PATH: Final = re.compile(r"https?://[^/?#]+/?")
 
 
 def _resolve_secret(value: object) -> object:
@@ -333,7 +334,11 @@ class TracingSettings(_Section):
     @classmethod
     def _as_the_environment_says(cls, given: object) -> object:
         """Where nothing else is said, OpenTelemetry's own variables say where traces go. Their headers go there only."""
-        if isinstance(given, Mapping) and "endpoint" not in given and (endpoint := traces_endpoint(os.environ)):
+        if not isinstance(given, Mapping):
+            return given
+        if isinstance(endpoint := given.get("endpoint"), str) and _NO_PATH.fullmatch(endpoint):
+            return {**given, "endpoint": f"{endpoint.removesuffix('/')}/v1/traces"}
+        if "endpoint" not in given and (endpoint := traces_endpoint(os.environ)):
             headers = given.get("headers", {})
             if isinstance(headers, Mapping):
                 headers = {**traces_headers(os.environ), **headers}
@@ -348,7 +353,7 @@ class TracingSettings(_Section):
         if "@" in url:
             raise ValueError("must not hold credentials; use headers")
         check_base_url(url)
-        return url if urlsplit(url).path.strip("/") else f"{url.removesuffix('/')}/v1/traces"
+        return url
 
     @field_validator("headers")
     @classmethod
