@@ -478,6 +478,59 @@ Metrics(CollectorRegistry())
     assert files and all(path.stat().st_blocks * 512 >= path.stat().st_size > 0 for path in files)
 
 
+MANY_SERIES = """
+import resource, sys
+from pathlib import Path
+from msgspec import structs
+from prometheus_client import CollectorRegistry
+from aibridge.metrics import Metrics
+from aibridge.multiprocess import count_in_files
+from tests.support.records import ended, start
+
+count_in_files(Path(sys.argv[1]), 1)
+metrics = Metrics(CollectorRegistry())
+if limit := int(sys.argv[2]):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+for number in range(int(sys.argv[3])):
+    actor = f"{number % 5000:064}"
+    begun = structs.replace(start(), id=str(number), initiator_id=actor, model="m" * (1 + number // 5000))
+    metrics(begun)
+    metrics(structs.replace(ended(), interception_id=begun.id))
+"""
+
+
+def count_many(directory: Path, limit: int, interceptions: int) -> str:
+    """Have a worker count so many interceptions of different actors, with files of up to `limit` bytes, or any for 0."""
+    line = [sys.executable, "-c", MANY_SERIES, str(directory), str(limit), str(interceptions)]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(line, cwd=root, capture_output=True, text=True, check=True, timeout=60)
+    return done.stderr
+
+
+def ended_in(directory: Path) -> float:
+    """How many interceptions have ended, as a scrape says."""
+    metrics = registry_of_all(directory, 2**22 + 1).collect()
+    return sum(sample.value for metric in metrics for sample in metric.samples if sample.name == "interceptions_total")
+
+
+def test_files_of_metrics_grow_without_holes(tmp_path: Path) -> None:
+    assert count_many(tmp_path, 0, 10_000) == ""
+    counter = (tmp_path / "counter_1.db").stat()
+    assert counter.st_size >= 4 << 20 and counter.st_blocks * 512 >= counter.st_size
+    assert ended_in(tmp_path) == 10_000
+    count_many(tmp_path, 0, 10_000)  # the worker that takes its place
+    assert ended_in(tmp_path) == 20_000
+
+
+def test_files_of_metrics_that_cannot_grow(tmp_path: Path) -> None:
+    """As on a full disk. What there was is counted on, and no request gets to know of it (a failing observer is logged)."""
+    said = count_many(tmp_path, 2 << 20, 10_000)
+    assert said.count("\n") == 1 and "not shown from now on" in said
+    counter = (tmp_path / "counter_1.db").stat()
+    assert counter.st_size == 2 << 20 and counter.st_blocks * 512 >= counter.st_size
+    assert 4_000 < ended_in(tmp_path) < 10_000
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
 def test_no_room_for_metrics(tmp_path: Path) -> None:
     (tmp_path / "counter_1.db").symlink_to("/dev/full")
