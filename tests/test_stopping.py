@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -234,6 +235,53 @@ def _waiting_in(port: int) -> int:
     """How many wait in the queue of a socket (proc(5), ``/proc/net/tcp``: of one that listens, it is the receive queue)."""
     lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return sum(int(line[4].partition(":")[2], 16) for line in lines if line[1].endswith(f":{port:04X}") and line[3] == "0A")
+
+
+# ---- what does not end ----
+
+_HANGS: Final = """
+import asyncio
+from aibridge import process
+from aibridge.httpclient import HttpUpstream
+
+async def hangs(_):
+    while True:  # whoever cancels it
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            pass
+
+HttpUpstream.aclose = hangs
+"""
+
+
+@contextmanager
+def hanging(folder: Path, amended: str, **server: object) -> Iterator[Gateway]:
+    """A gateway that closes its connections to providers for ever. Python runs `sitecustomize` first (site)."""
+    (folder / "sitecustomize.py").write_text(_HANGS + amended)
+    env = {f"AIBRIDGE_SERVER__{name.upper()}": str(value) for name, value in server.items()}
+    with Gateway(env=env | {"PYTHONPATH": str(folder)}) as gateway:
+        yield gateway
+        assert re.search(r"does not come to its end and is ended; it waits for: .* > hangs > sleep", gateway.output)
+        assert "Traceback" not in gateway.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_second_signal_ends_what_hangs(tmp_path: Path, number: signal.Signals) -> None:
+    """Nobody waits for ever who has asked twice; the process says what hung, and still ends by the first signal."""
+    with hanging(tmp_path, "process.Orders.patience = 0.5") as gateway:
+        gateway.process.send_signal(number)
+        wait_until(lambda: "shutting down" in gateway.output, "it does not stop")
+        gateway.process.send_signal(signal.SIGTERM)
+        assert gateway.process.wait(STOP_SECONDS) == -number
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_cannot_be_closed_does_not_hold_up_the_end_for_ever(tmp_path: Path, workers: int) -> None:
+    with hanging(tmp_path, "process._CLOSING_SECONDS = 0.5", workers=workers) as gateway:
+        gateway.process.send_signal(signal.SIGTERM)
+        assert gateway.process.wait(STOP_SECONDS) == -signal.SIGTERM
+        assert gateway.output.count("does not come to its end") == workers
 
 
 # ---- a terminal ----

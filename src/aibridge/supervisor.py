@@ -58,7 +58,6 @@ _SETTLED_SECONDS: Final = 10.0
 _FIRST_DELAY: Final = 0.5
 _PING_SECONDS: Final = 5.0
 _LAST_WORDS_SECONDS: Final = 2.0
-_HURRY_SECONDS: Final = 15.0
 _LAST_DELAY: Final = 10.0  # clients wait for as long, those whose connections are for that worker
 
 
@@ -94,6 +93,8 @@ def _shared(listeners: Sequence[socket.socket], count: int) -> list[list[socket.
 
 class _Orders(Orders):
     """For the supervisor there is a step between the order to stop and that to its workers: `closed` is set behind it."""
+
+    patience = Orders.patience + 2 * _LAST_WORDS_SECONDS  # its workers may take the usual time
 
     def __init__(self) -> None:
         super().__init__()
@@ -303,7 +304,7 @@ async def _pass_on(orders: _Orders, process: SpawnProcess, worker: "Connection[O
         worker.send(Stop())
         await orders.hurry.wait()
         worker.send(Hurry())
-        await asyncio.sleep(_HURRY_SECONDS)
+        await asyncio.sleep(Orders.patience)
         logger.error("process %d has not ended in time", process.pid)
         await _end(process)
 

@@ -131,7 +131,7 @@ async def _work(server: Server, job: Job, supervisor: "Connection[Answer, Order]
         if await service.start(job.listeners, orders):
             supervisor.send(Serving())
             await obey(orders, Notifier(), str, reload)
-            await service.stop(orders.hurry)
+            await service.stop(orders)
 
 
 async def take_over(service: Service, told: Reload) -> None:
