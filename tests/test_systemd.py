@@ -217,6 +217,18 @@ def test_nobody_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: p
     assert "the service manager cannot be told READY=1" in caplog.text
 
 
+async def test_a_watchdog_of_no_time_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As sd_watchdog_enabled(3) has it."""
+    manager = Manager(str(tmp_path / "notify"))
+    monkeypatch.setenv("NOTIFY_SOCKET", manager.address)
+    monkeypatch.setenv("WATCHDOG_USEC", "0")
+    monkeypatch.delenv("WATCHDOG_PID", raising=False)
+    with Notifier.of_environment().signs_of_life():
+        await asyncio.sleep(0.05)
+    assert manager.listen() == []
+    manager.close()
+
+
 @pytest.mark.parametrize(("pid", "watched"), [("own", True), (None, True), ("1", False)])
 async def test_signs_of_life(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pid: str | None, watched: bool) -> None:
     """Twice in the time that was asked for, from the event loop: one that hangs gives none."""
