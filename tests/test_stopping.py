@@ -25,10 +25,11 @@ from tests.support.crowd import MESSAGES, MESSAGES_STREAM, answer, ask, assert_n
 from tests.support.gateway import SESSION_HEADER, STOP_SECONDS, Gateway, Stage, staged, wait_until
 from tests.support.injected import Calls, Dialect, Says, turn
 from tests.support.injected_dialects import CHAT, MESSAGES as MESSAGES_DIALECT, each_dialect
-from tests.support.injected_servers import SUMS, reply, results_in, toml
+from tests.support.injected_servers import SUMS, reply, results_in, slow_sums, toml
 from tests.support.provider import Gate, Received, Reply, ThreadedProvider, Wait
 from tests.support.rawclient import RawClient
 from tests.support.sdks import anthropic_client, openai_client
+from tests.test_rolling import unused_port
 
 
 @contextmanager
@@ -77,6 +78,26 @@ async def test_the_grace_begins_behind_the_delay() -> None:
         gate.set()
         assert (await stream).complete
         assert gateway.process.wait(STOP_SECONDS) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_who_comes_while_it_starts_waits(tmp_path: Path, workers: int) -> None:
+    """What takes its time here is an MCP server. Nobody is refused: the socket listens."""
+    port = unused_port()
+    servers = toml({"slow": {"command": slow_sums(tmp_path), "start_timeout": 60}})
+    gateway = Gateway(port=port, toml=servers, env={"AIBRIDGE_SERVER__WORKERS": str(workers)})
+    starting = asyncio.create_task(asyncio.to_thread(gateway.__enter__))
+    try:
+        await until(lambda: any(tmp_path.glob("started-*")), "the server is not started")
+        async with RawClient(f"http://127.0.0.1:{port}") as client:
+            await client.send("GET", "/healthz")
+            assert "listening on" not in gateway.output
+            (tmp_path / "go").touch()
+            assert (await client.answer()).head.status == 200
+    finally:
+        (tmp_path / "go").touch()
+        await starting
+        gateway.__exit__(None, None, None)
 
 
 # ---- streams ----

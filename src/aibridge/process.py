@@ -26,7 +26,7 @@ from prometheus_client import disable_created_metrics
 
 from aibridge.config import Settings
 from aibridge.httpconnection import bracketed
-from aibridge.httpserver import bound
+from aibridge.httpserver import bound, listen
 from aibridge.logs import logging_to_stderr, set_level
 from aibridge.recording.writer import StoreUnavailable
 from aibridge.reloading import Configuration, Load
@@ -144,7 +144,10 @@ class Service:
         self._http = http_server(server, settings, server.kind_of, server.refused, shared=shared)
 
     async def start(self, listeners: Sequence[socket.socket], orders: Orders) -> bool:
-        """Accept clients. Answers whether it does: not where it is told to stop before. Raises `CannotStart`."""
+        """Accept clients from sockets that listen. Answers whether it does: not where it is told to stop before.
+
+        Raises `CannotStart`.
+        """
         try:
             if not await orders.unless_stopped(self._server.__aenter__()):  # MCP servers may take long
                 logger.info("told to stop before the start was complete")
@@ -154,11 +157,7 @@ class Service:
         except Exception as error:
             raise CannotStart(f"{type(error).__name__}: {error}") from error
         _collect_garbage_seldom()
-        try:
-            await self._http.start(listeners)
-        except OSError as error:  # somebody else was faster to listen
-            await self._server.__aexit__(None, None, None)
-            raise CannotStart(str(error)) from None
+        await self._http.start(listeners)
         return True
 
     async def reload(self, settings: Settings) -> None:
@@ -206,8 +205,9 @@ def serve(settings: Settings, load: Load, inherited: Sequence[socket.socket] = (
     with logging_to_stderr(**settings.log.model_dump()) as log:
         listeners = inherited or bound_or_exit(settings)
         say_where_traces_go(settings)
-        server = Server(settings, observers=[log])
         try:
+            _listen(listeners)
+            server = Server(settings, observers=[log])
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 stop = runner.run(_serve(server, configuration, listeners, notifier, shared=bool(inherited)))
         except CannotStart as error:
@@ -295,6 +295,14 @@ def bound_or_exit(settings: Settings) -> list[socket.socket]:
         where = f"{settings.server.host} port {settings.server.port}"
         logger.error("cannot listen on %s: %s", where, (error.strerror or str(error)).lower())  # noqa: TRY400  it says it all
         raise SystemExit(CANNOT_START) from None
+
+
+def _listen(listeners: Sequence[socket.socket]) -> None:
+    """Have clients wait from now on, as they do where several workers start, and not be refused."""
+    try:
+        listen(listeners)
+    except OSError as error:  # somebody else was faster
+        raise CannotStart(f"cannot listen on {urls(listeners)}: {error}") from None
 
 
 def urls(listeners: Sequence[socket.socket]) -> str:
