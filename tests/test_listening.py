@@ -7,7 +7,8 @@ import pytest
 
 from aibridge.asgi import Receive, Scope, Send
 from aibridge.httpprotocol import HttpProtocol, Serving
-from aibridge.httpserver import bound
+from aibridge.httpserver import bound, listen
+from aibridge.process import CannotStart, _listen
 from tests.support.provider import WAIT_SECONDS
 
 
@@ -35,6 +36,16 @@ def test_a_host_without_addresses_that_can_be_had(monkeypatch: pytest.MonkeyPatc
     addresses(monkeypatch, (socket.AF_INET, "203.0.113.1"))
     with pytest.raises(OSError, match="address"):
         bound("name", 0)
+
+
+def test_somebody_else_is_faster_to_listen() -> None:
+    """Both have bound the address, which SO_REUSEADDR allows for as long as nobody listens (socket(7))."""
+    (ours,) = bound("127.0.0.1", 0)
+    (theirs,) = bound(*ours.getsockname())
+    with ours, theirs:
+        listen([theirs])
+        with pytest.raises(CannotStart, match=r"cannot listen on http://127\.0\.0\.1:\d+: .*in use"):
+            _listen([ours])
 
 
 async def nothing(scope: Scope, receive: Receive, send: Send) -> None:

@@ -7,12 +7,17 @@ of users, is our choice (docs/operations.md).
 import asyncio
 import fcntl
 import os
+import pty
 import select
+import socket
 import sys
+import termios
 import threading
+import tty
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import pytest
 
@@ -113,6 +118,10 @@ def write_all(writer: LineWriter, *lines: bytes) -> None:
         writer.write(line)
 
 
+def read(reader: IO[bytes], lines: list[bytes]) -> None:
+    assert [reader.readline() for _ in lines] == lines
+
+
 def settled(writer: LineWriter) -> None:
     """No thread waits any more."""
     wait_until(lambda: writer._waiter is None, "a thread still waits for room")
@@ -167,6 +176,14 @@ def test_a_long_line_is_one_write(pipe: Pipe, written: list[bytes]) -> None:
     assert [len(piece) for piece in written] == [20_001] == [len(line) for line in pipe.lines]
 
 
+def test_lines_stay_whole_behind_the_news_that_others_are_lost(pipe: Pipe, written: list[bytes]) -> None:
+    writer = LineWriter(pipe.write, lost)
+    writer._lost = 3
+    line = b"x" * (select.PIPE_BUF - 1) + b"\n"
+    writer.write(line)
+    assert written == [b"lost 3\n", line]
+
+
 def test_many_threads(pipe: Pipe) -> None:
     """Each line is whole, none is missing, and those of one thread are in order, however slow the reader."""
     writer = LineWriter(pipe.write, lost)
@@ -199,7 +216,39 @@ def test_a_file(tmp_path: Any) -> None:
     assert path.read_bytes() == b"".join(b"%d\n" % number for number in range(1000))
 
 
+def test_a_file_that_others_write_to(tmp_path: Path) -> None:
+    """As a shell opens it for all that runs in its braces, without O_APPEND: all write at one place, which moves on."""
+    file = os.open(tmp_path / "log", os.O_CREAT | os.O_WRONLY)
+    writer = LineWriter(file, lost)
+    for number in range(3):
+        writer.write(b"ours %d\n" % number)
+        os.write(file, b"theirs %d\n" % number)
+    os.close(file)
+    assert (tmp_path / "log").read_text().split("\n")[:3] == ["ours 0", "theirs 0", "ours 1"]
+
+
+def test_what_a_writer_has_opened_goes_with_it(pipe: Pipe) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        before = open_files()
+        writers = [LineWriter(file, lost) for file in (pipe.write, ours.fileno())]
+        assert len(open_files()) == len(before) + (2 if sys.platform == "linux" else 1)
+        writers.clear()
+        assert open_files() == before
+
+
+def open_files() -> set[str]:
+    return {entry.name for entry in Path("/dev/fd").iterdir()}
+
+
 # ---- without ----
+
+
+class Always:
+    """Says that there is room, whether there is or not: another process may take it between poll(2) and write(2)."""
+
+    def poll(self, _: float) -> bool:
+        return True
 
 
 def test_nobody_reads_for_a_while(pipe: Pipe) -> None:
@@ -227,6 +276,97 @@ def test_nobody_reads_and_the_event_loop_goes_on(pipe: Pipe) -> None:
     pipe.empty(filled)
     assert collected(pipe, 3) == [b"0\n", b"1\n", b"2\n"]
     settled(writer)
+
+
+def test_a_long_line_does_not_wait_for_a_reader(pipe: Pipe) -> None:
+    """As one with a traceback. What there is room for is written, and neither thread stands still meanwhile."""
+    writer = LineWriter(pipe.write, lost)
+    filled = pipe.fill()
+    pipe.empty(select.PIPE_BUF)
+    long = b"x" * 3 * select.PIPE_BUF + b"\n"
+    in_time(write_all, writer, long, b"short\n")
+    assert os.get_blocking(pipe.write), "what others use, too, stays as it is"
+    pipe.empty(filled - select.PIPE_BUF)
+    assert collected(pipe, 2) == [long, b"short\n"]
+    settled(writer)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a pipe be opened anew")
+def test_another_process_takes_the_room(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = LineWriter(pipe.write, lost, max_waiting=10)
+    filled = pipe.fill()
+    monkeypatch.setattr(writer, "_room", Always())
+    in_time(write_all, writer, *(b"%d\n" % number for number in range(6)))
+    pipe.empty(filled)
+    assert collected(pipe, 6) == [b"lost 1\n", *(b"%d\n" % number for number in range(5))]
+    settled(writer)
+
+
+def test_another_process_takes_the_room_for_the_news_that_lines_are_lost(pipe: Pipe) -> None:
+    """It is told when there is room again: nothing of it is forgotten, and no line comes twice."""
+    writer = LineWriter(pipe.write, lost)
+    writer._lost = 3
+    sent: list[bytes] = []
+
+    def put(data: bytes) -> int:
+        if sent:
+            return os.write(pipe.write, data)
+        sent.append(data)
+        raise BlockingIOError
+
+    writer._put = put
+    in_time(write_all, writer, b"one\n")
+    assert collected(pipe, 2) == [b"lost 3\n", b"one\n"] and sent == [b"lost 3\none\n"]
+    settled(writer)
+    assert writer._size == 0
+
+
+def test_a_pipe_that_cannot_be_opened_anew(pipe: Pipe, written: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of another user's, or without /proc: it gets as much at a time as poll(2) promises room for."""
+
+    def forbidden(*_: object) -> int:
+        raise PermissionError
+
+    with monkeypatch.context() as changed:
+        changed.setattr(os, "open", forbidden)
+        writer = LineWriter(pipe.write, lost)
+    filled = pipe.fill()
+    pipe.empty(select.PIPE_BUF)
+    written.clear()
+    long = b"x" * 3 * select.PIPE_BUF + b"\n"
+    in_time(write_all, writer, long, b"short\n")
+    pipe.empty(filled - select.PIPE_BUF)
+    assert collected(pipe, 2) == [long, b"short\n"]
+    assert all(len(piece) <= select.PIPE_BUF for piece in written)
+    settled(writer)
+
+
+def test_a_socket_that_nobody_reads() -> None:
+    """As of journald."""
+    ours, theirs = socket.socketpair()
+    lines = [b"%d%s\n" % (number, b"x" * 10_000) for number in range(100)]
+    with ours, theirs, theirs.makefile("rb") as reader:
+        writer = LineWriter(ours.fileno(), lost)
+        in_time(write_all, writer, *lines)
+        assert writer._lines and ours.getblocking()
+        in_time(read, reader, lines)
+        settled(writer)
+
+
+def test_a_terminal_that_is_stopped() -> None:
+    """With Ctrl-S (termios(3), tcflow)."""
+    ours, theirs = pty.openpty()
+    tty.setraw(theirs)
+    lines = [b"%d%s\n" % (number, b"x" * 1000) for number in range(100)]
+    writer = LineWriter(theirs, lost)
+    termios.tcflow(theirs, termios.TCOOFF)
+    in_time(write_all, writer, *lines)
+    assert len(writer._lines) == len(lines)
+    termios.tcflow(theirs, termios.TCOON)
+    with os.fdopen(ours, "rb") as reader:
+        in_time(read, reader, lines)
+    settled(writer)
+    os.close(theirs)
 
 
 def test_nobody_reads_for_too_long(pipe: Pipe) -> None:
@@ -259,6 +399,22 @@ def test_the_reader_has_gone(pipe: Pipe) -> None:
     writer.write(b"one\n")
     writer.write(b"two\n")
     assert not writer._lines and writer._lost == 2
+
+
+def test_the_reader_has_gone_before_it_could_be_told_of_lost_lines(pipe: Pipe) -> None:
+    writer = LineWriter(pipe.write, lost)
+    writer._lost = 3
+    os.close(pipe.read)
+    in_time(write_all, writer, b"x" * select.PIPE_BUF)
+    assert not writer._lines and (writer._size, writer._lost) == (0, 4)
+
+
+def test_it_is_closed(pipe: Pipe) -> None:
+    """As by ``2>&-``."""
+    os.close(pipe.write)
+    writer = LineWriter(pipe.write, lost)
+    writer.write(b"one\n")
+    assert not writer._lines and writer._lost == 1
 
 
 def test_the_disk_was_full(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:

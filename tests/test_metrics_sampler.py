@@ -19,6 +19,7 @@ from aibridge.multiprocess import forget_gauges, registry_of_all
 from aibridge.sampler import Sampler
 from aibridge.upstream import Connections, MemoryResponse, MemoryUpstream
 from aibridge.wire.observer import ResponseHead
+from tests.support.crowd import until
 from tests.support.provider import WAIT_SECONDS
 
 
@@ -77,6 +78,28 @@ async def test_parts_of_others_have_nothing_to_show() -> None:
         await looked(registry, 1)
     assert registry.get_sample_value("ready") == 1
     assert registry.get_sample_value("recorder_queue_depth") == 0
+
+
+async def test_what_raises_is_told_once_and_asked_again(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Upstream):
+        asked = 0
+        broken = True
+
+        def connections(self) -> dict[str, Connections]:
+            self.asked += 1
+            if self.broken:
+                raise RuntimeError("broken")
+            return super().connections()
+
+    registry, upstream = CollectorRegistry(), Broken()
+    parts = {"recorder": MemoryRecorder(), "upstream": upstream}
+    async with Sampler(Metrics(registry), **parts, toolbox=lambda: None, ready=lambda: True):
+        await until(lambda: upstream.asked >= 2, "it does not ask again")
+        assert caplog.text.count("RuntimeError: broken") == 1
+        upstream.broken = False
+        await looked(registry, 1)
+        upstream.broken = True
+        await until(lambda: caplog.text.count("RuntimeError: broken") == 2, "it is not told again")
 
 
 async def test_an_event_loop_that_was_held_up_is_late() -> None:

@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -24,10 +25,11 @@ from tests.support.crowd import MESSAGES, MESSAGES_STREAM, answer, ask, assert_n
 from tests.support.gateway import SESSION_HEADER, STOP_SECONDS, Gateway, Stage, staged, wait_until
 from tests.support.injected import Calls, Dialect, Says, turn
 from tests.support.injected_dialects import CHAT, MESSAGES as MESSAGES_DIALECT, each_dialect
-from tests.support.injected_servers import SUMS, reply, results_in, toml
+from tests.support.injected_servers import SUMS, reply, results_in, slow_sums, toml
 from tests.support.provider import Gate, Received, Reply, ThreadedProvider, Wait
 from tests.support.rawclient import RawClient
 from tests.support.sdks import anthropic_client, openai_client
+from tests.test_rolling import unused_port
 
 
 @contextmanager
@@ -76,6 +78,26 @@ async def test_the_grace_begins_behind_the_delay() -> None:
         gate.set()
         assert (await stream).complete
         assert gateway.process.wait(STOP_SECONDS) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_who_comes_while_it_starts_waits(tmp_path: Path, workers: int) -> None:
+    """What takes its time here is an MCP server. Nobody is refused: the socket listens."""
+    port = unused_port()
+    servers = toml({"slow": {"command": slow_sums(tmp_path), "start_timeout": 60}})
+    gateway = Gateway(port=port, toml=servers, env={"AIBRIDGE_SERVER__WORKERS": str(workers)})
+    starting = asyncio.create_task(asyncio.to_thread(gateway.__enter__))
+    try:
+        await until(lambda: any(tmp_path.glob("started-*")), "the server is not started")
+        async with RawClient(f"http://127.0.0.1:{port}") as client:
+            await client.send("GET", "/healthz")
+            assert "listening on" not in gateway.output
+            (tmp_path / "go").touch()
+            assert (await client.answer()).head.status == 200
+    finally:
+        (tmp_path / "go").touch()
+        await starting
+        gateway.__exit__(None, None, None)
 
 
 # ---- streams ----
@@ -234,6 +256,53 @@ def _waiting_in(port: int) -> int:
     """How many wait in the queue of a socket (proc(5), ``/proc/net/tcp``: of one that listens, it is the receive queue)."""
     lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return sum(int(line[4].partition(":")[2], 16) for line in lines if line[1].endswith(f":{port:04X}") and line[3] == "0A")
+
+
+# ---- what does not end ----
+
+_HANGS: Final = """
+import asyncio
+from aibridge import process
+from aibridge.httpclient import HttpUpstream
+
+async def hangs(_):
+    while True:  # whoever cancels it
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            pass
+
+HttpUpstream.aclose = hangs
+"""
+
+
+@contextmanager
+def hanging(folder: Path, amended: str, **server: object) -> Iterator[Gateway]:
+    """A gateway that closes its connections to providers for ever. Python runs `sitecustomize` first (site)."""
+    (folder / "sitecustomize.py").write_text(_HANGS + amended)
+    env = {f"AIBRIDGE_SERVER__{name.upper()}": str(value) for name, value in server.items()}
+    with Gateway(env=env | {"PYTHONPATH": str(folder)}) as gateway:
+        yield gateway
+        assert re.search(r"does not come to its end and is ended; it waits for: .* > hangs > sleep", gateway.output)
+        assert "Traceback" not in gateway.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_second_signal_ends_what_hangs(tmp_path: Path, number: signal.Signals) -> None:
+    """Nobody waits for ever who has asked twice; the process says what hung, and still ends by the first signal."""
+    with hanging(tmp_path, "process.Orders.patience = 0.5") as gateway:
+        gateway.process.send_signal(number)
+        wait_until(lambda: "shutting down" in gateway.output, "it does not stop")
+        gateway.process.send_signal(signal.SIGTERM)
+        assert gateway.process.wait(STOP_SECONDS) == -number
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_cannot_be_closed_does_not_hold_up_the_end_for_ever(tmp_path: Path, workers: int) -> None:
+    with hanging(tmp_path, "process._CLOSING_SECONDS = 0.5", workers=workers) as gateway:
+        gateway.process.send_signal(signal.SIGTERM)
+        assert gateway.process.wait(STOP_SECONDS) == -signal.SIGTERM
+        assert gateway.output.count("does not come to its end") == workers
 
 
 # ---- a terminal ----

@@ -21,7 +21,7 @@ import pytest
 from aibridge.systemd import Notifier, address_of
 from tests.support.crowd import until
 from tests.support.gateway import STOP_SECONDS, Gateway, activated, wait_until
-from tests.support.injected_servers import SUMS, toml
+from tests.support.injected_servers import slow_sums, toml
 from tests.support.provider import WAIT_SECONDS
 from tests.support.rawclient import RawClient
 
@@ -217,6 +217,18 @@ def test_nobody_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: p
     assert "the service manager cannot be told READY=1" in caplog.text
 
 
+async def test_a_watchdog_of_no_time_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As sd_watchdog_enabled(3) has it."""
+    manager = Manager(str(tmp_path / "notify"))
+    monkeypatch.setenv("NOTIFY_SOCKET", manager.address)
+    monkeypatch.setenv("WATCHDOG_USEC", "0")
+    monkeypatch.delenv("WATCHDOG_PID", raising=False)
+    with Notifier.of_environment().signs_of_life():
+        await asyncio.sleep(0.05)
+    assert manager.listen() == []
+    manager.close()
+
+
 @pytest.mark.parametrize(("pid", "watched"), [("own", True), (None, True), ("1", False)])
 async def test_signs_of_life(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pid: str | None, watched: bool) -> None:
     """Twice in the time that was asked for, from the event loop: one that hangs gives none."""
@@ -267,17 +279,9 @@ def test_a_service_tells_how_it_is(manager: Manager, workers: int) -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_service_is_ready_again_when_all_of_it_is(manager: Manager, tmp_path: Path, workers: int) -> None:
     """What takes its time here is an MCP server, which each worker starts for itself."""
-    slow = (
-        "import os, pathlib, runpy, time\n"
-        f"here = pathlib.Path({str(tmp_path)!r})\n"
-        "(here / f'started-{os.getpid()}').touch()\n"
-        "while not (here / 'go').exists():\n"
-        "    time.sleep(0.01)\n"
-        f"runpy.run_path({SUMS[1]!r}, run_name='__main__')\n"
-    )
     with Gateway(env={"NOTIFY_SOCKET": manager.address, "AIBRIDGE_SERVER__WORKERS": str(workers)}) as gateway:
         wait_until(lambda: manager.states() == ["READY"], "it is not ready")
-        gateway.configure(toml({"slow": {"command": [sys.executable, "-c", slow], "start_timeout": 60}}))
+        gateway.configure(toml({"slow": {"command": slow_sums(tmp_path), "start_timeout": 60}}))
         gateway.process.send_signal(signal.SIGHUP)
         wait_until(lambda: len(list(tmp_path.glob("started-*"))) == workers, "the server is not started")
         assert manager.states() == ["READY", "RELOADING"]

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
@@ -49,9 +49,15 @@ TRIES = 64  # connections, of which each worker gets about half
 
 @contextmanager
 def workers(
-    provider: ThreadedProvider, *, grace: float = 10, worker_timeout: float = 60, toml: str = ""
+    provider: ThreadedProvider,
+    *,
+    grace: float = 10,
+    worker_timeout: float = 60,
+    toml: str = "",
+    env: Mapping[str, str] | None = None,
 ) -> Iterator[Gateway]:
     env = {
+        **(env or {}),
         "AIBRIDGE_SERVER__WORKERS": str(WORKERS),
         "AIBRIDGE_SERVER__SHUTDOWN_GRACE": str(grace),
         "AIBRIDGE_SERVER__WORKER_TIMEOUT": str(worker_timeout),

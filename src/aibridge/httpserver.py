@@ -192,6 +192,12 @@ def _bound(family: int, kind: int, protocol: int, address: tuple[Any, ...]) -> s
     return listener
 
 
+def listen(listeners: Iterable[socket.socket]) -> None:
+    """Let clients connect to sockets that are bound, and wait there. Raises OSError, as where others listen already."""
+    for listener in listeners:
+        listener.listen(_BACKLOG)
+
+
 def shared(listeners: Sequence[socket.socket], count: int) -> list[list[socket.socket]]:
     """Sockets for `count` processes that serve together where `bound` has found that nobody else does. They listen already.
 
@@ -207,8 +213,7 @@ def shared(listeners: Sequence[socket.socket], count: int) -> list[list[socket.s
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         groups = [list(listeners), *([_beside(listener) for listener in listeners] for _ in range(count - 1))]
     for group in groups:
-        for listener in group:
-            listener.listen(_BACKLOG)
+        listen(group)
     return groups
 
 

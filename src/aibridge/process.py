@@ -18,6 +18,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import CoroutineType
 from typing import Any, Final
 
 import uvloop
@@ -25,7 +26,7 @@ from prometheus_client import disable_created_metrics
 
 from aibridge.config import Settings
 from aibridge.httpconnection import bracketed
-from aibridge.httpserver import bound
+from aibridge.httpserver import bound, listen
 from aibridge.logs import logging_to_stderr, set_level
 from aibridge.recording.writer import StoreUnavailable
 from aibridge.reloading import Configuration, Load
@@ -39,6 +40,7 @@ CANNOT_START: Final = 3
 
 SHUTTING_DOWN: Final = "shutting down: waiting for responses under way"
 
+_CLOSING_SECONDS: Final = 60.0  # well above all that closing waits for by itself: a locked database, MCP servers, spans
 _OPEN_FILES: Final = 65_536
 _GARBAGE_THRESHOLD: Final = 20_000
 
@@ -49,6 +51,9 @@ class CannotStart(Exception):
 
 class Orders:
     """What a process that serves is told: to stop, and then not to wait for responses under way any more; to reload."""
+
+    patience = 15.0
+    """How many seconds a process may take to end that is to hurry."""
 
     def __init__(self) -> None:
         self.stop = asyncio.Event()
@@ -83,12 +88,23 @@ class Orders:
         await asyncio.wait({working})
         return False
 
+    def end_within(self, seconds: float) -> None:
+        """End the process where it has not ended by then, whatever hangs, if only the event loop runs."""
+        asyncio.get_running_loop().call_later(seconds, self._end)
+
+    def _end(self) -> None:
+        waiting = "; ".join(map(_waits_for, asyncio.all_tasks()))
+        logger.error("the process does not come to its end and is ended; it waits for: %s", waiting or "a thread")
+        logging.shutdown()
+        end_by(self.signal or signal.SIGTERM)
+
     def _obey(self, number: signal.Signals) -> None:
         if self.signal is None:
             self.signal = number
             self.stop.set()
-        else:
+        elif not self.hurry.is_set():
             self.hurry.set()
+            self.end_within(self.patience)
 
     def _obey_hangup(self) -> None:
         if self._at_terminal and not _has_terminal():
@@ -106,6 +122,16 @@ def _has_terminal() -> bool:
     return True
 
 
+def _waits_for(task: asyncio.Task[Any]) -> str:
+    """The coroutines of a task that wait for each other, the innermost last."""
+    found: object = task.get_coro()
+    names = []
+    while isinstance(found, CoroutineType):
+        names.append(found.__qualname__)
+        found = found.cr_await
+    return " > ".join(names) or task.get_name()
+
+
 class Service:
     """A server that listens, from its start to its end.
 
@@ -118,7 +144,10 @@ class Service:
         self._http = http_server(server, settings, server.kind_of, server.refused, shared=shared)
 
     async def start(self, listeners: Sequence[socket.socket], orders: Orders) -> bool:
-        """Accept clients. Answers whether it does: not where it is told to stop before. Raises `CannotStart`."""
+        """Accept clients from sockets that listen. Answers whether it does: not where it is told to stop before.
+
+        Raises `CannotStart`.
+        """
         try:
             if not await orders.unless_stopped(self._server.__aenter__()):  # MCP servers may take long
                 logger.info("told to stop before the start was complete")
@@ -128,11 +157,7 @@ class Service:
         except Exception as error:
             raise CannotStart(f"{type(error).__name__}: {error}") from error
         _collect_garbage_seldom()
-        try:
-            await self._http.start(listeners)
-        except OSError as error:  # somebody else was faster to listen
-            await self._server.__aexit__(None, None, None)
-            raise CannotStart(str(error)) from None
+        await self._http.start(listeners)
         return True
 
     async def reload(self, settings: Settings) -> None:
@@ -151,16 +176,19 @@ class Service:
         self._server.draining = True
         self._http.wind_down()
 
-    async def stop(self, hurry: asyncio.Event) -> None:
-        """Let nobody in, let responses end, then end the rest, and close everything. With `hurry` set, wait no longer."""
+    async def stop(self, orders: Orders) -> None:
+        """Let nobody in, let responses end, then end the rest, and close everything. With the order to hurry, do not wait.
+        What cannot be closed does not keep the process from ending.
+        """
         self.drain()
         logger.info(SHUTTING_DOWN)
-        hurrying = asyncio.create_task(hurry.wait())
+        hurrying = asyncio.create_task(orders.hurry.wait())
         hurrying.add_done_callback(lambda _: self._http.hurry())
         try:
             await self._http.stop(self.settings.server.shutdown_grace)
         finally:
             hurrying.cancel()
+            orders.end_within(_CLOSING_SECONDS)
             await self._server.__aexit__(None, None, None)
 
 
@@ -177,8 +205,9 @@ def serve(settings: Settings, load: Load, inherited: Sequence[socket.socket] = (
     with logging_to_stderr(**settings.log.model_dump()) as log:
         listeners = inherited or bound_or_exit(settings)
         say_where_traces_go(settings)
-        server = Server(settings, observers=[log])
         try:
+            _listen(listeners)
+            server = Server(settings, observers=[log])
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 stop = runner.run(_serve(server, configuration, listeners, notifier, shared=bool(inherited)))
         except CannotStart as error:
@@ -205,7 +234,7 @@ async def _serve(
             await obey(orders, notifier, partial(configuration.noted, where), reload)
             service.drain()
             await drained(service.settings, orders)
-            await service.stop(orders.hurry)
+            await service.stop(orders)
     return orders.signal
 
 
@@ -266,6 +295,14 @@ def bound_or_exit(settings: Settings) -> list[socket.socket]:
         where = f"{settings.server.host} port {settings.server.port}"
         logger.error("cannot listen on %s: %s", where, (error.strerror or str(error)).lower())  # noqa: TRY400  it says it all
         raise SystemExit(CANNOT_START) from None
+
+
+def _listen(listeners: Sequence[socket.socket]) -> None:
+    """Have clients wait from now on, as they do where several workers start, and not be refused."""
+    try:
+        listen(listeners)
+    except OSError as error:  # somebody else was faster
+        raise CannotStart(f"cannot listen on {urls(listeners)}: {error}") from None
 
 
 def urls(listeners: Sequence[socket.socket]) -> str:

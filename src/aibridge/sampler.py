@@ -4,6 +4,7 @@ So none of it costs a request anything.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,6 +12,8 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from aibridge.metrics import Metrics, Sample
+
+logger = logging.getLogger(__name__)
 
 _INTERVAL_SECONDS: Final = 0.25
 
@@ -20,7 +23,7 @@ class Sampler:
 
     A recorder may have `queued` and `spool_bytes`, an upstream ``connections()`` and a toolbox ``connected()``, as ours
     do (`SqliteRecorder`, `HttpUpstream`, `McpProxy`). `toolbox` answers with the present one, `ready` whether requests
-    would be served.
+    would be served. Where one of them raises something, that is logged, once until all of it works again.
     """
 
     def __init__(
@@ -54,9 +57,16 @@ class Sampler:
                 await self._task
 
     async def _run(self) -> None:
-        late = 0.0
+        late, works = 0.0, True
         while True:
-            self._metrics.show(self._sample(late))
+            try:
+                self._metrics.show(self._sample(late))
+            except Exception:
+                if works:
+                    logger.exception("the gauges are not up to date: what they are about cannot be asked")
+                works = False
+            else:
+                works = True
             due = time.perf_counter() + _INTERVAL_SECONDS
             await asyncio.sleep(_INTERVAL_SECONDS)
             late = max(time.perf_counter() - due, 0.0)  # uvloop's own clock goes in whole milliseconds

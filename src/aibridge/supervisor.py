@@ -48,7 +48,22 @@ from aibridge.process import (
 )
 from aibridge.reloading import Configuration, Load
 from aibridge.systemd import Notifier
-from aibridge.worker import SIGNALS, Answer, Drain, Hurry, Job, Order, Ping, Reload, Serving, Stop, TakenOver, Unable, work
+from aibridge.worker import (
+    SIGNALS,
+    Alive,
+    Answer,
+    Drain,
+    Hurry,
+    Job,
+    Order,
+    Ping,
+    Reload,
+    Serving,
+    Stop,
+    TakenOver,
+    Unable,
+    work,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +72,8 @@ _spawning: Final = multiprocessing.get_context("spawn")
 _SETTLED_SECONDS: Final = 10.0
 _FIRST_DELAY: Final = 0.5
 _PING_SECONDS: Final = 5.0
+_LOADING_SECONDS: Final = 30.0  # until a worker's event loop runs: a second or two, of a machine that has nothing else to do
 _LAST_WORDS_SECONDS: Final = 2.0
-_HURRY_SECONDS: Final = 15.0
 _LAST_DELAY: Final = 10.0  # clients wait for as long, those whose connections are for that worker
 
 
@@ -94,6 +109,8 @@ def _shared(listeners: Sequence[socket.socket], count: int) -> list[list[socket.
 
 class _Orders(Orders):
     """For the supervisor there is a step between the order to stop and that to its workers: `closed` is set behind it."""
+
+    patience = Orders.patience + 2 * _LAST_WORDS_SECONDS  # its workers may take the usual time
 
     def __init__(self) -> None:
         super().__init__()
@@ -212,17 +229,19 @@ class _Place:
                     process.start()
             except OSError as error:  # such as for want of memory
                 return _End(f"cannot be started: {error}", orderly=False)
-            tasks = [asyncio.create_task(_pass_on(self._orders, process, ours))]
-            try:
-                greeting = await self._greeting(process, ours)
-                if greeting == Serving():
-                    self._serves_by(told.number)
-                    tasks.append(asyncio.create_task(self._attend(process, ours)))
-                await _readable(process.sentinel)
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.wait(tasks)
+            answered, greeted = asyncio.Event(), asyncio.get_running_loop().create_future()
+            with self._listening(ours, answered, greeted):
+                attending = self._attend(process, ours, answered)
+                tasks = [asyncio.create_task(task) for task in (_pass_on(self._orders, process, ours), attending)]
+                try:
+                    greeting = await greeted
+                    if greeting == Serving():
+                        self._begin(process, told)
+                    await _readable(process.sentinel)
+                finally:
+                    for task in tasks:
+                        task.cancel()
+                    await asyncio.wait(tasks)
         process.join()
         forget_gauges(self._metrics, self._number)
         return _ended(process, greeting)
@@ -234,28 +253,21 @@ class _Place:
         if number == self._configuration.attempts:
             self._up_to_date.set()
 
-    async def _greeting(self, process: SpawnProcess, worker: "Connection[Order, Answer]") -> Answer | None:
-        """Wait until the worker accepts clients, or says why it does not. None where it has just died."""
-        await _readable(worker.fileno())
-        try:
-            greeting = worker.recv()
-        except (EOFError, OSError):
-            return None
-        if greeting == Serving():
-            logger.info("%s is ready (process %d)", self._name, process.pid)
-            if not self.began.done():
-                self.began.set_result(None)
-        return greeting
+    def _begin(self, process: SpawnProcess, told: Reload) -> None:
+        logger.info("%s is ready (process %d)", self._name, process.pid)
+        self._serves_by(told.number)
+        if not self.began.done():
+            self.began.set_result(None)
 
-    async def _attend(self, process: SpawnProcess, worker: "Connection[Order, Answer]") -> None:
-        """Tell a worker what is new in the configuration, and see that it answers. One that hangs is ended.
+    async def _attend(self, process: SpawnProcess, worker: "Connection[Order, Answer]", answered: asyncio.Event) -> None:
+        """Tell a worker what is new in the configuration, and see that it answers, from its start on. End one that hangs.
 
         It is told after each order to reload, whether or not something has changed: it may have failed to take it over.
 
         There is never more than one question without an answer, so that the pipe has room and no worker can block us.
         """
-        answered = asyncio.Event()
-        with self._listening(worker, answered), suppress(OSError):  # it has just died
+        loading = _LOADING_SECONDS
+        with suppress(OSError):  # it has just died
             while True:
                 patience = self._configuration.settings.server.worker_timeout
                 order = self._told() if self._news.is_set() else Ping()
@@ -263,16 +275,20 @@ class _Place:
                 answered.clear()
                 worker.send(order)
                 try:
-                    await asyncio.wait_for(answered.wait(), patience)
+                    await asyncio.wait_for(answered.wait(), loading + patience)
                 except TimeoutError:
-                    logger.error("%s has not answered for %g seconds, it hangs", self._name, patience)  # noqa: TRY400  nothing to add
+                    logger.error("%s has not answered for %g seconds, it hangs", self._name, loading + patience)  # noqa: TRY400  nothing to add
                     await _end(process)
                     return
+                loading = 0.0
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._news.wait(), min(_PING_SECONDS, patience / 2))
 
     @contextmanager
-    def _listening(self, worker: "Connection[Order, Answer]", answered: asyncio.Event) -> Iterator[None]:
+    def _listening(
+        self, worker: "Connection[Order, Answer]", answered: asyncio.Event, greeted: asyncio.Future[Answer | None]
+    ) -> Iterator[None]:
+        """Hear what a worker says. `greeted` becomes what it says of its start; None where it has died without a word."""
         loop, file = asyncio.get_running_loop(), worker.fileno()
 
         def listen() -> None:
@@ -280,12 +296,16 @@ class _Place:
                 answer = worker.recv()
             except (EOFError, OSError):  # it has just died
                 loop.remove_reader(file)
+                if not greeted.done():
+                    greeted.set_result(None)
                 return
             match answer:
+                case Alive():
+                    answered.set()
                 case TakenOver(number):
                     self._serves_by(number)
                 case _:
-                    answered.set()
+                    greeted.set_result(answer)
 
         loop.add_reader(file, listen)
         try:
@@ -303,7 +323,7 @@ async def _pass_on(orders: _Orders, process: SpawnProcess, worker: "Connection[O
         worker.send(Stop())
         await orders.hurry.wait()
         worker.send(Hurry())
-        await asyncio.sleep(_HURRY_SECONDS)
+        await asyncio.sleep(Orders.patience)
         logger.error("process %d has not ended in time", process.pid)
         await _end(process)
 

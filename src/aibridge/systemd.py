@@ -74,7 +74,8 @@ class Notifier:
         """As the service manager has asked for. Forgets it: the processes that are started from here have no say."""
         address = os.environ.pop("NOTIFY_SOCKET", "")
         microseconds, pid = os.environ.pop("WATCHDOG_USEC", ""), os.environ.pop("WATCHDOG_PID", "")
-        watched = microseconds.isdecimal() and pid in ("", str(os.getpid()))
+        asked = microseconds.isdecimal() and int(microseconds) > 0  # 0 is for none (sd_watchdog_enabled(3))
+        watched = asked and pid in ("", str(os.getpid()))
         return cls(address, int(microseconds) / 1e6 if watched else None)
 
     def ready(self, status: str) -> None:

@@ -69,7 +69,12 @@ class Unable:
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """An answer: it accepts clients, and its event loop runs. It is sent at the start, and for each `Ping` and `Reload`."""
+    """An answer: it accepts clients. It is sent once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """An answer: its event loop runs. It is sent for each `Ping` and `Reload`, also before it accepts clients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +84,7 @@ class TakenOver:
     number: int
 
 
-Answer: TypeAlias = Unable | Serving | TakenOver
+Answer: TypeAlias = Unable | Serving | Alive | TakenOver
 """What a worker tells its supervisor."""
 
 
@@ -131,7 +136,7 @@ async def _work(server: Server, job: Job, supervisor: "Connection[Answer, Order]
         if await service.start(job.listeners, orders):
             supervisor.send(Serving())
             await obey(orders, Notifier(), str, reload)
-            await service.stop(orders.hurry)
+            await service.stop(orders)
 
 
 async def take_over(service: Service, told: Reload) -> None:
@@ -160,7 +165,7 @@ class _Told(Orders):
         try:
             order = self._supervisor.recv()
             if isinstance(order, Ping | Reload):
-                self._supervisor.send(Serving())
+                self._supervisor.send(Alive())
         except (EOFError, OSError):
             logger.error("the supervisor has gone")  # noqa: TRY400  that is what the end of the file says
             asyncio.get_running_loop().remove_reader(self._supervisor.fileno())

@@ -28,6 +28,21 @@ PATIENCE: Final = 20.0
 SUMS: Final = [sys.executable, str(Path(__file__).with_name("sums_server.py"))]
 """The command of a server that does sums."""
 
+_SLOW: Final = """
+import os, pathlib, runpy, time
+here = pathlib.Path({folder!r})
+(here / f"started-{{os.getpid()}}").touch()
+while not (here / "go").exists():
+    time.sleep(0.01)
+runpy.run_path({sums!r}, run_name="__main__")
+"""
+
+
+def slow_sums(folder: Path) -> list[str]:
+    """The command of one that makes a file ``started-PID`` in a folder, and goes on when there is a file ``go``."""
+    return [sys.executable, "-c", _SLOW.format(folder=str(folder), sums=SUMS[1])]
+
+
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 Hop = Sequence[Calls]
