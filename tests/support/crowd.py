@@ -8,6 +8,7 @@ import asyncio
 import itertools
 import json
 import random
+import re
 import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -268,12 +269,22 @@ def spooled(path: Path) -> int:
 
 async def lost(url: str) -> Counter[str]:
     """The loss counter, by kind of record. Kinds of which none was lost are not in it."""
+    return await _counted(url, "aibridge_records_lost_total", "kind")
+
+
+async def refusals(url: str) -> Counter[str]:
+    """What the gateway has refused, by reason."""
+    return await _counted(url, "aibridge_refusals_total", "reason")
+
+
+async def _counted(url: str, metric: str, label: str) -> Counter[str]:
     async with RawClient(url) as client:
         text = (await client.request("GET", "/metrics")).body.decode()
     counts: Counter[str] = Counter()
     for line in text.splitlines():
-        if line.startswith("aibridge_records_lost_total{"):
-            counts[line.split('"')[1]] += int(float(line.rsplit(" ", 1)[1]))
+        found = re.fullmatch(rf'{metric}\{{.*{label}="([^"]*)".*\}} (\S+)', line)
+        if found is not None:
+            counts[found[1]] += int(float(found[2]))
     return +counts
 
 
