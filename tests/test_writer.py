@@ -319,7 +319,7 @@ async def test_what_still_fits_is_kept_and_does_not_mean_that_all_would(
     monkeypatch.setattr(writer_module, "_GIVE_UP_SECONDS", 0.1)
     async with running(store, spool) as writer:
         assert not writer.failing
-        store.unavailable = spool.full = spool.short = True
+        store.unavailable = store.full = spool.full = spool.short = True
         assert await within_bounds(writer.submit(usage("lost"))) != [None]
         assert writer.failing
         spool.full = False
@@ -330,6 +330,29 @@ async def test_what_still_fits_is_kept_and_does_not_mean_that_all_would(
         spool.short = False
         await until(lambda: writer.problem is None and not writer.failing)
     assert store.records == [usage("kept"), usage("kept too")]
+
+
+async def test_a_database_that_was_only_locked_is_believed_when_it_is_back(
+    store: MemoryStore, spool: FullSpool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has room of its own: what the spool would have is of no account."""
+    monkeypatch.setattr(writer_module, "_GIVE_UP_SECONDS", 0.1)
+    async with running(store, spool) as writer:
+        store.unavailable = spool.full = spool.short = True
+        assert await within_bounds(writer.submit(usage("lost"))) != [None]
+        store.unavailable = False
+        await until(lambda: writer.problem is None and not writer.failing)
+
+
+async def test_a_batch_that_is_kept_in_the_end_leaves_no_doubt(store: MemoryStore, spool: FullSpool) -> None:
+    """Nothing was lost, though there was no room for it in the spool for a while."""
+    async with running(store, spool) as writer:
+        store.unavailable = store.full = spool.full = spool.short = True
+        kept = writer.submit(usage("kept"))
+        await until(lambda: spool.attempts > 1)
+        store.unavailable = False
+        assert await within_bounds(kept) == [None]
+        assert not writer.failing and writer.problem is None
 
 
 async def test_a_short_want_of_room_loses_nothing(store: MemoryStore, spool: FullSpool) -> None:

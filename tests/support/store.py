@@ -43,6 +43,8 @@ class MemoryStore:
         self.refusals = 0
         """How many writes were refused for `unavailable`."""
         self.unavailable = False
+        self.full = False
+        """Why it is unavailable."""
         self.bug: Exception | None = None
         self.open_error: Exception | None = None
         self.busy_when_closing = 0
@@ -66,7 +68,7 @@ class MemoryStore:
             raise self.bug
         if self.unavailable:
             self.refusals += 1
-            raise StoreUnavailable("told to be")
+            raise StoreUnavailable("told to be", is_full=self.full)
         rejected = {index: "Poison" for index, record in enumerate(records) if _is_poison(record)}
         self.commits.append([record for index, record in enumerate(records) if index not in rejected])
         self.instances.append(instance)

@@ -4,6 +4,7 @@ With ``synchronous = NORMAL`` in WAL mode a commit survives the death of the pro
 the last moments with it, but never the database's integrity (sqlite.org/pragma.html#pragma_synchronous).
 """
 
+import errno
 import os
 import random
 import sqlite3
@@ -182,7 +183,7 @@ class SqliteStore:
                 rejected = self._write(records, instance)
         except Exception as error:  # whatever it is: the spool keeps what the database does not
             self._disconnect()
-            raise StoreUnavailable(str(error)) from error
+            raise StoreUnavailable(str(error), is_full=_is_full(error)) from error
         self._note(records, instance, rejected)
         return rejected
 
@@ -266,6 +267,12 @@ class SqliteStore:
         database, self._database = self._database, None
         if database is not None:
             database.close()
+
+
+def _is_full(error: Exception) -> bool:
+    if isinstance(error, sqlite3.Error):
+        return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL  # not every error has a code
+    return isinstance(error, OSError) and error.errno == errno.ENOSPC
 
 
 @contextmanager

@@ -42,7 +42,11 @@ _PAUSE_SECONDS: Final = 0.05
 
 
 class StoreUnavailable(Exception):
-    """The database cannot take records now: locked, read-only, full, gone. Nothing was written."""
+    """The database cannot take records now: locked, read-only, full (`is_full`), gone. Nothing was written."""
+
+    def __init__(self, message: str, *, is_full: bool = False) -> None:
+        super().__init__(message)
+        self.is_full = is_full
 
 
 class Store(Protocol):
@@ -90,6 +94,8 @@ class Writer:
         self._opened: asyncio.Future[None] | None = None
         self._reports: list[Report] = []
         self._store_failed = False
+        self._store_is_full = False
+        self._lost_for_want_of_room = False
         self._retry_store_at = 0.0
         self._failing_since: float | None = None
 
@@ -270,14 +276,14 @@ class Writer:
 
     def _try_again(self) -> None:
         """Look whether the database is back though no record comes: a process that is not ready gets no requests."""
-        if self._failing_since is None or self._spool.is_short_of_room:
+        if self._failing_since is None or self._is_short_of_room:
             return
         try:
             self._store.write([], self._spool.instance)
         except StoreUnavailable as error:
             self._unavailable(error)
         else:
-            self._failing_since = None
+            self._recovered()
             self._available()
 
     def _keep(self, batch: Sequence[_Item]) -> None:
@@ -299,13 +305,14 @@ class Writer:
                 self._unavailable(error)
             except OSError as error:
                 if self._is_hopeless():
+                    self._lost_for_want_of_room = self._store_is_full
                     self._fail(batch, f"neither database nor spool take records: {error.strerror}")
                     return
                 time.sleep(_PAUSE_SECONDS)  # in the writer's own thread: for a disk to get room, a lock to end
                 self._retry_store_at = 0.0
             else:
-                if not self._spool.is_short_of_room:  # else what does not fit would come again, and fail again
-                    self._failing_since = None
+                if not self._is_short_of_room:  # else what does not fit would come again, and be lost again
+                    self._recovered()
                 failed = {index: f"the record cannot be stored: {why}" for index, why in rejected.items()}
                 self._answer(batch, failed, RecordsWritten(len(records) - len(failed), seconds, to, self.queued))
                 return
@@ -315,6 +322,15 @@ class Writer:
         if self._failing_since is None:
             self._failing_since = time.monotonic()
         return self.failing
+
+    @property
+    def _is_short_of_room(self) -> bool:
+        """Whether what was lost last would not fit even now. What is smaller may."""
+        return self._lost_for_want_of_room and self._spool.is_short_of_room
+
+    def _recovered(self) -> None:
+        self._failing_since = None
+        self._lost_for_want_of_room = False
 
     def _replay(self, *, force: bool = False) -> None:
         """Move the spool's records into the store, as far as it takes them."""
@@ -364,6 +380,7 @@ class Writer:
         if not self._store_failed:
             self._store_failed = True
             logger.warning("the database cannot take records, they go to the spool: %s", error)
+        self._store_is_full = isinstance(error, StoreUnavailable) and error.is_full
         self._retry_store_at = time.monotonic() + _RETRY_STORE_SECONDS
 
     def _fail(self, batch: Sequence[_Item], reason: str) -> None:
