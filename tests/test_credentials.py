@@ -98,6 +98,12 @@ def test_the_schema_of_a_tool_that_takes_header_fields_is_no_credential() -> Non
     assert credentials_in("openai", responses(function)) == ()
 
 
+def test_a_header_field_may_be_called_anything() -> None:
+    fields = {"type": "x", "description": "of a server that wants one", "Authorization": f"Bearer {TOKEN}"}
+    found = credentials_in("openai", responses({"type": "mcp", "server_label": "s", "headers": fields}))
+    assert TOKEN in found and "of a server that wants one" not in found
+
+
 def test_a_prompt_that_speaks_of_credentials_holds_none() -> None:
     said = json.dumps({"authorization_token": TOKEN, "authorization": TOKEN, "headers": {"X-Key": TOKEN}})
     assert credentials_in("openai", responses(input=said)) == ()

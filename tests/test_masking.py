@@ -12,7 +12,7 @@ from urllib.parse import quote
 import pytest
 from hypothesis import given, strategies as st
 
-from aibridge.masking import Mask, MaskedStream, hidden, is_credential, masked_fields, masked_request
+from aibridge.masking import Mask, MaskedStream, _occurrences, hidden, is_credential, masked_fields, masked_request
 from tests.support.provider import at_random, bytewise
 
 KEY = 'sk-ant-api03-"Qm/9+x_Z=='
@@ -138,6 +138,14 @@ def test_what_stands_in_place_of_a_credential_is_not_looked_into() -> None:
 def test_of_credentials_that_overlap_nothing_is_left_in_a_text() -> None:
     assert hidden(".abcdefghijkl.", ["abcdefgh", "efghijkl"], "*") == ".*."
     assert hidden("bad key sk-abcdefgh-TAIL", ["sk-abcdefgh", "sk-abcdefgh-TAIL"], "*") == "bad key *"
+
+
+def test_a_text_of_one_letter_is_searched_in_steps() -> None:
+    """Clients choose the credential, and the text that is quoted: each of its letters may begin an occurrence."""
+    steps = list(_occurrences(b"a" * 100_000, [b"a" * 1000]))
+    assert len(steps) <= 2 * 100 + 1
+    assert min(steps)[0] == 0 and max(steps)[1] == 100_000
+    assert all(following <= end for (_, end), (following, _) in pairwise(sorted(steps)))
 
 
 def test_what_is_no_unicode_is_no_reason_to_fail() -> None:

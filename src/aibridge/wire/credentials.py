@@ -45,8 +45,9 @@ _VALUES: Final = {b"headers": _OBJECT, b"domain_secrets": _ARRAY}
 # A string, and the one that it names, if it does. No string is looked at twice.
 _MEMBER: Final = re.compile(rb'"(' + _INSIDE + rb')"?(?:' + _COLON + rb'"(' + _INSIDE + rb')"?)?', re.DOTALL)
 
-# Header fields that are about the message.
-_NO_SECRETS: Final = frozenset({b"accept", b"content-type", b"user-agent", b"mcp-protocol-version"})
+# Header fields that are about the message, and what a schema says of such fields.
+_NO_SECRETS: Final = frozenset({b"accept", b"content-type", b"user-agent", b"mcp-protocol-version", b"description"})
+_SCHEMA: Final = (b"type", b"object")
 
 
 def credentials_in(kind: ProviderKind, body: bytes) -> tuple[str, ...]:
@@ -88,6 +89,6 @@ def _credentials(name: bytes, value: re.Match[bytes]) -> Sequence[bytes]:
     members = [member.groups(b"") for member in islice(_MEMBER.finditer(value[0]), _MOST)]
     if name == b"domain_secrets":
         return [inner for field, inner in members if field == b"value"]
-    if any(field == b"type" for field, _ in members):  # the schema of a tool that takes header fields
+    if _SCHEMA in members:  # of a tool that takes header fields
         return []
     return [inner for field, inner in members if field.lower() not in _NO_SECRETS]
