@@ -399,6 +399,25 @@ async def test_an_end_is_refused_when_any_record_was_lost_and_the_others_are_kep
     assert "cannot be recorded" in (ended.error or "") and Committed not in kinds(events)
 
 
+@pytest.mark.parametrize(
+    ("end", "begun", "told"),
+    [
+        (End("completed", 200), True, ("failed", 200)),  # and is broken off
+        (End("completed", 200), False, ("failed", 503)),
+        (End("failed", 502, "no route"), False, ("failed", 503)),
+        (End("client_disconnected", 200), True, ("client_disconnected", 200)),
+    ],
+)
+async def test_observers_are_told_what_the_client_got(end: End, begun: bool, told: tuple[str, int]) -> None:
+    events: list[Event] = []
+    this = entry(Failing(InterceptionEnded), events)
+    await this.start()
+    with pytest.raises(RecordingFailed):
+        await this.end(end, begun=begun)
+    ended = events[-1]
+    assert isinstance(ended, InterceptionEnded) and (ended.status, ended.http_status) == told
+
+
 async def test_a_recorder_that_fails_at_once_has_lost_the_record() -> None:
     class Broken(OwnRecorder):
         def record_token_usage(self, record: TokenUsage) -> Any:

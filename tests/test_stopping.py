@@ -305,6 +305,63 @@ def test_what_cannot_be_closed_does_not_hold_up_the_end_for_ever(tmp_path: Path,
         assert gateway.output.count("does not come to its end") == workers
 
 
+_START_HANGS: Final = """
+import asyncio
+from pathlib import Path
+from aibridge import process
+from aibridge.server import Server
+
+async def hangs(_):
+    Path({started!r}).touch()
+    while True:  # whoever cancels it
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            pass
+
+Server.__aenter__ = hangs
+process._CLOSING_SECONDS = 0.5
+"""
+
+_THREAD_HANGS: Final = """
+import asyncio, time
+from aibridge import process
+from aibridge.httpclient import HttpUpstream
+
+async def hangs(_):
+    asyncio.get_running_loop().run_in_executor(None, time.sleep, 3600)  # the end of an event loop waits for its threads
+
+HttpUpstream.aclose = hangs
+process._CLOSING_SECONDS = 0.5
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_nor_does_a_start_that_cannot_be_broken_off(tmp_path: Path, workers: int) -> None:
+    started = tmp_path / "started"
+    (tmp_path / "sitecustomize.py").write_text(_START_HANGS.format(started=str(started)))
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path), "AIBRIDGE_SERVER__WORKERS": str(workers)}
+    command = [sys.executable, "-m", "aibridge", "serve", "--port", "0"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            wait_until(started.exists, "it does not start")
+            process.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=STOP_SECONDS)
+        finally:
+            process.kill()
+    assert process.returncode == -signal.SIGTERM
+    assert "does not come to its end and is ended" in said and "hangs > sleep" in said
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_nor_does_a_thread(tmp_path: Path, workers: int) -> None:
+    (tmp_path / "sitecustomize.py").write_text(_THREAD_HANGS)
+    with Gateway(env={"PYTHONPATH": str(tmp_path), "AIBRIDGE_SERVER__WORKERS": str(workers)}) as gateway:
+        gateway.process.send_signal(signal.SIGTERM)
+        assert gateway.process.wait(STOP_SECONDS) == -signal.SIGTERM
+        assert gateway.output.count("does not come to its end") == workers
+
+
 # ---- a terminal ----
 
 _IN_TERMINAL: Final = """

@@ -232,10 +232,11 @@ class Entry:
         """Tell that something could not be put back into the request."""
         notify(self._ledger.observers, HistoryMissed(self.interception.id, lost, unknown))
 
-    async def end(self, end: End) -> None:
+    async def end(self, end: End, *, begun: bool = False) -> None:
         """Record how the interception ended and wait until every record of it is durable.
 
-        Raises `RecordingFailed` when one was lost and the policy is to refuse.
+        `begun`: the client has the head of its response. Raises `RecordingFailed` when one was lost and the policy is to
+        refuse.
         """
         ended = self._put_end(end)
         self._hand_over()
@@ -245,7 +246,9 @@ class Entry:
             if not self._lost:
                 notify(self._ledger.observers, Committed(self.interception.id, time.monotonic() - started))
         except RecordingFailed as error:
-            ended = msgspec.structs.replace(ended, status="failed", error=error.message)
+            if end.status != "client_disconnected":  # else it gets this error in place of the end
+                status = end.http_status if begun else error.status
+                ended = msgspec.structs.replace(ended, status="failed", http_status=status, error=error.message)
             raise
         finally:
             notify(self._ledger.observers, ended)

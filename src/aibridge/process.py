@@ -75,8 +75,11 @@ class Orders:
             loop.add_signal_handler(number, self._obey, number)
         loop.add_signal_handler(signal.SIGHUP, self._obey_hangup)
 
-    async def unless_stopped(self, work: Coroutine[Any, Any, object]) -> bool:
-        """Do something, unless there is the order to stop before it is done. Answers whether it was; raises what it does."""
+    async def unless_stopped(self, work: Coroutine[Any, Any, object], patience: float | None = None) -> bool:
+        """Do something, unless there is the order to stop before it is done. Answers whether it was; raises what it does.
+
+        `patience`: in how many seconds the process has to end where there is that order, though the work does not break off.
+        """
         loop = asyncio.get_running_loop()
         stop, working = loop.create_task(self.stop.wait()), loop.create_task(work)
         await asyncio.wait({stop, working}, return_when=asyncio.FIRST_COMPLETED)
@@ -85,6 +88,8 @@ class Orders:
             working.result()
             return True
         working.cancel()
+        if patience is not None:
+            self.end_within(patience)
         await asyncio.wait({working})
         return False
 
@@ -149,7 +154,7 @@ class Service:
         Raises `CannotStart`.
         """
         try:
-            if not await orders.unless_stopped(self._server.__aenter__()):  # MCP servers may take long
+            if not await orders.unless_stopped(self._server.__aenter__(), _CLOSING_SECONDS):  # MCP servers may take long
                 logger.info("told to stop before the start was complete")
                 return False
         except (StoreUnavailable, OSError) as error:
@@ -319,6 +324,7 @@ def end_by(stop: signal.Signals | None) -> None:
     """End this process by the signal that it obeyed."""
     if stop is not None:
         signal.signal(stop, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {stop})  # a worker that has left its event loop blocks it
         signal.raise_signal(stop)
 
 

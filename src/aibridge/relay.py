@@ -250,7 +250,7 @@ class _Exchange:
                 keeping = self._interceptor.ledger.carry_out(self._tools.remember(self._scope, memory, toolset))
                 return await self._wait(asyncio.shield(keeping))
             case End():
-                await self._entry.end(command)
+                await self._entry.end(command, begun=self._client.started)
                 self._keep_alive_with(b"")
                 return None
             case Abort():
