@@ -460,7 +460,7 @@ async def test_what_a_recorder_tells_is_told_to_the_observers() -> None:
     events: list[Event] = []
     recorder = Talkative()
     Ledger(recorder, [events.append])
-    told: list[Event] = [RecordsWritten(3, 0.01, "spool", 2), RecordsReplayed(3), RecordLost.of(start("x"))]
+    told: list[Event] = [RecordsWritten(3, 0.01, "spool"), RecordsReplayed(3), RecordLost.of(start("x"))]
     for event in told:
         recorder.tell(event)  # type: ignore[arg-type]
     assert events == told

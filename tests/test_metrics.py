@@ -327,8 +327,8 @@ def test_breakers_that_share_a_label_show_the_worst() -> None:
 
 def test_the_recorder() -> None:
     counted = Counted()
-    counted.metrics(RecordsWritten(5, 0.002, "database", 3))
-    counted.metrics(RecordsWritten(4, 0.001, "spool", 0))
+    counted.metrics(RecordsWritten(5, 0.002, "database"))
+    counted.metrics(RecordsWritten(4, 0.001, "spool"))
     counted.metrics(RecordsReplayed(2))
     counted.metrics(Committed("i", 0.004))
     names = ("written", "spooled", "replayed")

@@ -150,7 +150,7 @@ servers = {{"sums": {connected}, "git": True}}
 metrics.show(Sample({lag}, {ready}, {{"here": Connections({idle}, 2, 5)}}, {queued}, 10, servers))
 metrics(BreakerChanged("a", "/v1/messages", "m", "{state}"))
 metrics(CallBegan("i", "a", "/v1/messages", "m", "http://a", 1, 1))
-metrics(RecordsWritten(3, 0.001, "database", {queued}))
+metrics(RecordsWritten(3, 0.001, "database"))
 """
 
 

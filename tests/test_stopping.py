@@ -261,27 +261,37 @@ def _waiting_in(port: int) -> int:
 # ---- what does not end ----
 
 _HANGS: Final = """
-import asyncio
+import asyncio, time
+from pathlib import Path
 from aibridge import process
 from aibridge.httpclient import HttpUpstream
+from aibridge.server import Server
 
 async def hangs(_):
+    Path({begun!r}).touch()
     while True:  # whoever cancels it
         try:
             await asyncio.sleep(3600)
         except asyncio.CancelledError:
             pass
 
-HttpUpstream.aclose = hangs
+async def leaves_a_thread(_):
+    asyncio.get_running_loop().run_in_executor(None, time.sleep, 3600)  # the end of an event loop waits for its threads
+
 """
+
+
+def _amend(folder: Path, amendment: str) -> dict[str, str]:
+    """The environment of a gateway in which something hangs. Python runs `sitecustomize` first (site)."""
+    (folder / "sitecustomize.py").write_text(_HANGS.format(begun=str(folder / "begun")) + amendment)
+    return {"PYTHONPATH": str(folder)}
 
 
 @contextmanager
 def hanging(folder: Path, amended: str, **server: object) -> Iterator[Gateway]:
-    """A gateway that closes its connections to providers for ever. Python runs `sitecustomize` first (site)."""
-    (folder / "sitecustomize.py").write_text(_HANGS + amended)
+    """A gateway that closes its connections to providers for ever."""
     env = {f"AIBRIDGE_SERVER__{name.upper()}": str(value) for name, value in server.items()}
-    with Gateway(env=env | {"PYTHONPATH": str(folder)}) as gateway:
+    with Gateway(env=env | _amend(folder, f"HttpUpstream.aclose = hangs\n{amended}")) as gateway:
         yield gateway
         assert re.search(r"does not come to its end and is ended; it waits for: .* > hangs > sleep", gateway.output)
         assert "Traceback" not in gateway.output
@@ -305,46 +315,14 @@ def test_what_cannot_be_closed_does_not_hold_up_the_end_for_ever(tmp_path: Path,
         assert gateway.output.count("does not come to its end") == workers
 
 
-_START_HANGS: Final = """
-import asyncio
-from pathlib import Path
-from aibridge import process
-from aibridge.server import Server
-
-async def hangs(_):
-    Path({started!r}).touch()
-    while True:  # whoever cancels it
-        try:
-            await asyncio.sleep(3600)
-        except asyncio.CancelledError:
-            pass
-
-Server.__aenter__ = hangs
-process._CLOSING_SECONDS = 0.5
-"""
-
-_THREAD_HANGS: Final = """
-import asyncio, time
-from aibridge import process
-from aibridge.httpclient import HttpUpstream
-
-async def hangs(_):
-    asyncio.get_running_loop().run_in_executor(None, time.sleep, 3600)  # the end of an event loop waits for its threads
-
-HttpUpstream.aclose = hangs
-process._CLOSING_SECONDS = 0.5
-"""
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 def test_nor_does_a_start_that_cannot_be_broken_off(tmp_path: Path, workers: int) -> None:
-    started = tmp_path / "started"
-    (tmp_path / "sitecustomize.py").write_text(_START_HANGS.format(started=str(started)))
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path), "AIBRIDGE_SERVER__WORKERS": str(workers)}
+    amended = _amend(tmp_path, "Server.__aenter__ = hangs\nprocess._CLOSING_SECONDS = 0.5")
+    environment = {"PATH": os.environ["PATH"], "AIBRIDGE_SERVER__WORKERS": str(workers)} | amended
     command = [sys.executable, "-m", "aibridge", "serve", "--port", "0"]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
         try:
-            wait_until(started.exists, "it does not start")
+            wait_until((tmp_path / "begun").exists, "it does not start")
             process.send_signal(signal.SIGTERM)
             _, said = process.communicate(timeout=STOP_SECONDS)
         finally:
@@ -355,8 +333,8 @@ def test_nor_does_a_start_that_cannot_be_broken_off(tmp_path: Path, workers: int
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_nor_does_a_thread(tmp_path: Path, workers: int) -> None:
-    (tmp_path / "sitecustomize.py").write_text(_THREAD_HANGS)
-    with Gateway(env={"PYTHONPATH": str(tmp_path), "AIBRIDGE_SERVER__WORKERS": str(workers)}) as gateway:
+    amended = _amend(tmp_path, "HttpUpstream.aclose = leaves_a_thread\nprocess._CLOSING_SECONDS = 0.5")
+    with Gateway(env={"AIBRIDGE_SERVER__WORKERS": str(workers)} | amended) as gateway:
         gateway.process.send_signal(signal.SIGTERM)
         assert gateway.process.wait(STOP_SECONDS) == -signal.SIGTERM
         assert gateway.output.count("does not come to its end") == workers

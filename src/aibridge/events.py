@@ -35,15 +35,11 @@ class RecordLost(msgspec.Struct, frozen=True):
 
 
 class RecordsWritten(msgspec.Struct, frozen=True):
-    """The recorder has made records durable, with one commit or one write to the spool that took so many `seconds`.
-
-    `queued` submissions wait for the next one.
-    """
+    """The recorder has made records durable, with one commit or one write to the spool that took so many `seconds`."""
 
     records: int
     seconds: float
     to: Destination
-    queued: int
 
 
 class RecordsReplayed(msgspec.Struct, frozen=True):

@@ -90,7 +90,7 @@ class Generation:
         self._limits = limits
         self._interceptors = {
             f"/{name}{route.pattern}": Interceptor(
-                caller.provider, route, route.format, caller, common.ledger, limits.max_body_bytes, injection
+                route, route.format, caller, common.ledger, limits.max_body_bytes, injection
             )
             for name, caller in self._callers.items()
             for route in caller.provider.routes

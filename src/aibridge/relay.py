@@ -57,13 +57,17 @@ logger = logging.getLogger(__name__)
 class Interceptor:
     """Handles the requests of one intercepted route of one provider."""
 
-    provider: Provider
     route: Route
     format: WireFormat
     caller: Caller
     ledger: Ledger
     max_body_bytes: int
     injection: Injection | None = None
+
+    @property
+    def provider(self) -> Provider:
+        """Who is called."""
+        return self.caller.provider
 
     async def handle(self, client: ClientConnection, actor: Actor, *, stopping: Stopping) -> None:
         """Serve one request. Raises `BridgeError` where it is refused before anything was sent."""

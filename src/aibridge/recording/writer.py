@@ -314,7 +314,7 @@ class Writer:
                 if not self._is_short_of_room:  # else what does not fit would come again, and be lost again
                     self._recovered()
                 failed = {index: f"the record cannot be stored: {why}" for index, why in rejected.items()}
-                self._answer(batch, failed, RecordsWritten(len(records) - len(failed), seconds, to, self.queued))
+                self._answer(batch, failed, RecordsWritten(len(records) - len(failed), seconds, to))
                 return
 
     def _is_hopeless(self) -> bool:
